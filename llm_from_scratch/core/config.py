@@ -1,0 +1,265 @@
+"""Settings: dataclasses <-> YAML <-> command line, with one set of rules for all three.
+
+A run is one nested dataclass. Every field is a YAML key (`train: {max_steps: 200}`) and a flag
+(`--train.max_steps 200`; `-` and `_` mean the same). Unknown keys, wrong types and bad values are
+refused with the nearest valid name, before anything is computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import math
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from llm_from_scratch.core.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+def _plain_type(annotation: Any) -> tuple[Any, bool]:
+    """(type, may be None): `int | None` -> (int, True)."""
+    options = [a for a in typing.get_args(annotation) if a is not type(None)]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return options[0], True
+    return annotation, False
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """Each field's annotation, resolved from its string."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _convert(value: Any, annotation: Any, where: str) -> Any:
+    """`value` from YAML or a flag as the annotated type, or a `UserError`."""
+    kind, optional = _plain_type(annotation)
+    if value is None or (optional and value in ("none", "null", "None")):
+        if optional:
+            return None
+        raise UserError(f"{where} needs a value.")
+    if dataclasses.is_dataclass(kind):
+        return from_dict(typing.cast(type, kind), value, where)
+    if typing.get_origin(kind) in (tuple, list):
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_convert(v, typing.get_args(kind)[0], where) for v in items)
+    if kind is bool:
+        text = str(value).lower()
+        if text in ("true", "yes", "on", "1"):
+            return True
+        if text in ("false", "no", "off", "0"):
+            return False
+        raise UserError(f"{where} is '{value}'; it must be true or false.")
+    if kind is int:
+        try:
+            number = float(str(value).replace("_", ""))
+        except ValueError:
+            number = math.nan
+        if isinstance(value, bool) or not math.isfinite(number) or number != int(number):
+            raise UserError(f"{where} is '{value}'; it must be a whole number.")
+        return int(number)
+    if kind is float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if isinstance(value, bool) or not math.isfinite(number):
+            raise UserError(f"{where} is '{value}'; it must be a number.")
+        return number
+    if isinstance(value, (dict, list)):
+        raise UserError(f"{where} is a {type(value).__name__}; it must be plain text.")
+    return str(value)
+
+
+def from_dict(cls: type[T], values: Any, where: str = "") -> T:
+    """Build the dataclass `cls` from a nested mapping; unknown keys are refused by name."""
+    if dataclasses.is_dataclass(values) and isinstance(values, cls):
+        return values
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where or 'The settings'} must be a table of names and values.")
+    annotations = field_types(cls)
+    built: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        path = f"{where}.{name}" if where else name
+        if name not in annotations:
+            raise UserError(f"There is no setting '{path}'.{_suggest(path, cls, where)}")
+        built[name] = _convert(value, annotations[name], path)
+    return cls(**built)
+
+
+def _suggest(path: str, cls: type, where: str) -> str:
+    prefix = f"{where}." if where else ""
+    return nearest(path, [prefix + name for name in leaf_fields(cls)])
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The nested mapping of a dataclass, with every field: what goes into config.yaml."""
+    result: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        elif isinstance(value, tuple):
+            value = [str(v) if isinstance(v, Path) else v for v in value]
+        elif isinstance(value, Path):
+            value = str(value)
+        result[field.name] = value
+    return result
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """The mapping in a YAML file, or a `UserError` that names the file and line."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"There is no settings file {path}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The settings file {path} cannot be read: {error}.") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{path}{line} is not valid YAML; mend or leave out --config.") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a table such as 'train: {{max_steps: 100}}'.")
+    return values
+
+
+def leaf_fields(cls: type, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all settings: train.max_steps, ..."""
+    for name, annotation in field_types(cls).items():
+        kind, _ = _plain_type(annotation)
+        if dataclasses.is_dataclass(kind):
+            yield from leaf_fields(typing.cast(type, kind), f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`, part by part."""
+    result = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = merge(result[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+def from_flags(flags: list[str], cls: type) -> dict[str, Any]:
+    """`["--train.max_steps", "20", "--data.paths", "a", "b"]` -> nested mapping of texts."""
+    known = set(leaf_fields(cls))
+    result: dict[str, Any] = {}
+    index = 0
+    while index < len(flags):
+        flag = flags[index]
+        index += 1
+        if not flag.startswith("--"):
+            raise UserError(f"'{flag}' was not expected; settings look like --train.max_steps 20.")
+        name, equals, inline = flag[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in known:
+            raise UserError(f"There is no setting --{name}.{nearest(name, known)}")
+        values = [inline] if equals else []
+        while not equals and index < len(flags) and not flags[index].startswith("--"):
+            values.append(flags[index])
+            index += 1
+        if not values:
+            raise UserError(f"--{name} needs a value.")
+        many = typing.get_origin(_plain_type(_annotation_of(cls, name))[0]) in (tuple, list)
+        if len(values) > 1 and not many:
+            raise UserError(f"--{name} takes one value, but got {len(values)}: {' '.join(values)}.")
+        place = result
+        *parts, last = name.split(".")
+        for part in parts:
+            place = place.setdefault(part, {})
+        place[last] = values if many else values[0]
+    return result
+
+
+def _annotation_of(cls: type, dotted: str) -> Any:
+    annotation: Any = cls
+    for part in dotted.split("."):
+        annotation = field_types(_plain_type(annotation)[0])[part]
+    return annotation
+
+
+def field_help(cls: type) -> dict[str, str]:
+    """The string under each field of the class body: its one-line description."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found: dict[str, str] = {}
+    for before, after in zip(body.body, body.body[1:], strict=False):
+        if (
+            isinstance(before, ast.AnnAssign)
+            and isinstance(before.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+        ):
+            found[before.target.id] = " ".join(str(after.value.value).split())
+    return found
+
+
+def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(flag, default, help) of every setting, for --help and the docs."""
+    rows: list[tuple[str, str, str]] = []
+    helps = field_help(cls)
+    defaults = {
+        f.name: f.default_factory() if callable(f.default_factory) else f.default
+        for f in dataclasses.fields(cls)
+    }
+    for name, annotation in field_types(cls).items():
+        kind, _ = _plain_type(annotation)
+        if dataclasses.is_dataclass(kind):
+            rows += describe(typing.cast(type, kind), f"{prefix}{name}.")
+        else:
+            default = defaults[name]
+            shown = "" if default in (None, (), dataclasses.MISSING) else str(default)
+            rows.append((prefix + name, shown, helps.get(name, "")))
+    return rows
+
+
+def settings_epilog(cls: type) -> str:
+    """The settings of a run as text for `--help`."""
+    lines = ["settings (as flags, or in a file given with --config):"]
+    for flag, default, text in describe(cls):
+        shown = f" (default {default})" if default else ""
+        lines.append(f"  --{flag:<26} {text}{shown}")
+    return "\n".join(lines)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are sentences and in whose flags `-` and `_` mean the same."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
+
+
+def normalise_flags(arguments: list[str]) -> list[str]:
+    """`--max-new-tokens 5` -> `--max_new_tokens 5`; everything after `--` is left alone."""
+    result: list[str] = []
+    for index, argument in enumerate(arguments):
+        if argument == "--":
+            return result + arguments[index:]
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            argument = "--" + name[2:].replace("-", "_") + equals + value
+        result.append(argument)
+    return result

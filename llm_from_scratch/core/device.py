@@ -1,0 +1,146 @@
+"""Where and how precisely to compute: device, dtype, seeds, threads, and the machine's limits."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import time
+from typing import Any
+
+import torch
+
+from llm_from_scratch.core.errors import UserError, nearest
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is cuda, then mps, then cpu; anything else must exist on this machine."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    kind = name.partition(":")[0]
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if kind not in available:
+        raise UserError(
+            f"There is no device '{name}'; use auto, cpu, cuda or mps.{nearest(kind, available)}"
+        )
+    if not available[kind]:
+        raise UserError(f"Device '{name}' is not available here; use --device auto or cpu.")
+    return torch.device(name)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device, so that a clock read afterwards is honest."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+@functools.cache
+def gemm_rate(device_name: str, dtype: torch.dtype, size: int = 1024) -> float:
+    """Measured matrix-multiplication rate in FLOP/s (2 n^3 per product), best of several tries."""
+    device = torch.device(device_name)
+    size = size if device.type == "cpu" else 4096
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    torch.mm(a, b)
+    for _ in range(5):
+        synchronise(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+@functools.cache
+def memory_bandwidth(device_name: str) -> float:
+    """Measured read bandwidth in bytes/s: summing a buffer far larger than the caches."""
+    device = torch.device(device_name)
+    count = (256 if device.type == "cpu" else 2048) * 1024 * 1024 // 4
+    buffer = torch.ones(count, device=device)
+    best = float("inf")
+    buffer.sum()
+    for _ in range(3):
+        synchronise(device)
+        start = time.perf_counter()
+        buffer.sum()
+        synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 4 * count / best
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 where this machine multiplies bf16 clearly faster than fp32, else fp32."""
+    if name != "auto":
+        if name not in ("fp32", "bf16"):
+            raise UserError(f"train.precision is '{name}'; it must be auto, fp32 or bf16.")
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    if device.type != "cpu":
+        return "fp32"
+    fp32, bf16 = (gemm_rate("cpu", d, 512) for d in (torch.float32, torch.bfloat16))
+    return "bf16" if bf16 > 1.3 * fp32 else "fp32"
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of the generators that training draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
+
+
+def processor_name() -> str:
+    """The processor as its maker names it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for environment.json and the benchmarks."""
+    from importlib import metadata
+
+    versions = {}
+    for name in ("scratchlm", "torch", "numpy", "tokenizers", "safetensors"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "unknown"
+    result: dict[str, Any] = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+    if torch.cuda.is_available():
+        result["cuda_device"] = torch.cuda.get_device_name()
+    return result

@@ -1,0 +1,1 @@
+"""The model: layers, then blocks, then the decoder; its cache, its sizes."""

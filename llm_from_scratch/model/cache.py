@@ -1,0 +1,105 @@
+"""The static key-value cache: what attention has already computed, kept for the next token.
+
+Memory is taken once, for `capacity` positions of `batch` rows. Rows may have different lengths (a
+batch of unequal prompts is padded on the right): each row writes at its own end, and what lies
+behind a row's end is never looked at.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.model.config import ModelConfig
+
+
+class KVCache:
+    """Keys and values of all layers, (batch, n_kv_heads, capacity, head_dim) each.
+
+    `lengths` holds how many positions of each row are filled. Bytes taken:
+    2 * n_layers * batch * n_kv_heads * capacity * head_dim * bytes of dtype.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int = 1,
+        capacity: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.capacity = capacity or config.max_seq_len
+        if self.capacity > config.max_seq_len:
+            raise UserError(
+                f"A cache of {self.capacity} positions was asked for, but the model's context is "
+                f"{config.max_seq_len} tokens."
+            )
+        shape = (config.n_layers, batch, config.n_kv_heads, self.capacity, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.length: int | None = 0  # the common length, or None where rows differ
+        self._longest = 0
+        self._new = 0
+
+    def set_lengths(self, lengths: Tensor) -> None:
+        """Cut each row to its length; used after a padded prompt, and to take tokens back."""
+        self.lengths = lengths.to(self.lengths)
+        values = self.lengths.tolist()
+        self._longest = max(values)
+        self.length = values[0] if len(set(values)) == 1 else None
+
+    def start(self, t: int) -> None:
+        """Announce t new positions; the layers append them, `finish` makes them count."""
+        if self._longest + t > self.capacity:
+            raise UserError(
+                f"The context is full: {self._longest} + {t} tokens do not fit into "
+                f"{self.capacity}. Give a shorter prompt or ask for fewer new tokens."
+            )
+        self._new = t
+
+    def finish(self) -> None:
+        self.lengths = self.lengths + self._new
+        self._longest += self._new
+        if self.length is not None:
+            self.length += self._new
+        self._new = 0
+
+    def positions(self) -> Tensor:
+        """The positions of the announced tokens: (t,) where rows agree, else (batch, t)."""
+        new = torch.arange(self._new, device=self.lengths.device)
+        return new + self.length if self.length is not None else self.lengths[:, None] + new
+
+    def visible(self, positions: Tensor) -> Tensor:
+        """Boolean (1 or batch, 1, t, s): a token at position p sees the positions up to p."""
+        source = torch.arange(self._longest + self._new, device=positions.device)
+        seen = source <= positions[..., None]
+        return seen[None, None] if seen.dim() == 2 else seen[:, None]
+
+    def layer(self, index: int) -> LayerCache:
+        return LayerCache(self, index)
+
+
+class LayerCache:
+    """One layer's view of the cache."""
+
+    def __init__(self, cache: KVCache, index: int) -> None:
+        self.cache = cache
+        self.index = index
+
+    def append(self, k_bktd: Tensor, v_bktd: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values; return all that may be looked at, (b, k, s, d) each."""
+        cache = self.cache
+        keys, values = cache.keys[self.index], cache.values[self.index]
+        t = k_bktd.shape[2]
+        if cache.length is not None:
+            keys[:, :, cache.length : cache.length + t] = k_bktd
+            values[:, :, cache.length : cache.length + t] = v_bktd
+        else:
+            row = torch.arange(keys.shape[0], device=keys.device)[:, None]
+            where = cache.lengths[:, None] + torch.arange(t, device=keys.device)
+            keys[row, :, where] = k_bktd.transpose(1, 2).to(keys.dtype)
+            values[row, :, where] = v_bktd.transpose(1, 2).to(values.dtype)
+        end = cache._longest + t
+        return keys[:, :, :end].to(k_bktd.dtype), values[:, :, :end].to(v_bktd.dtype)

@@ -1,0 +1,216 @@
+"""Sizes: named ones that people know, and one dial (`depth`) from which the rest follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from llm_from_scratch.core.errors import UserError, nearest
+from llm_from_scratch.model.config import ModelConfig, RopeScaling
+
+# What each family adds to the plain fields. A family is what the model is saved as.
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "qwen3": {"qk_norm": True, "norm_eps": 1e-6},
+    "gpt2": {
+        "norm": "layer",
+        "position": "learned",
+        "activation": "gelu_tanh",
+        "gated": False,
+        "attention_bias": True,
+        "feed_forward_bias": True,
+    },
+}
+
+
+def _sizes(
+    d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, d_ff: int, max_seq_len: int
+) -> dict[str, int]:
+    return locals()
+
+
+LLAMA3_SCALING = RopeScaling(factor=32.0)
+
+# name -> (family, fields). Vocabulary sizes are those of the published models; a model that is
+# trained from scratch takes its tokenizer's instead.
+PRESETS: dict[str, tuple[str, dict[str, object]]] = {
+    "nano-char": ("gpt2", {"vocab_size": 65, **_sizes(128, 4, 4, 4, 512, 64)}),
+    "gpt2-10m": ("gpt2", {"vocab_size": 65, **_sizes(384, 6, 6, 6, 1536, 256)}),
+    "gpt2": ("gpt2", {"vocab_size": 50257, **_sizes(768, 12, 12, 12, 3072, 1024)}),
+    "gpt2-medium": ("gpt2", {"vocab_size": 50257, **_sizes(1024, 24, 16, 16, 4096, 1024)}),
+    "gpt2-large": ("gpt2", {"vocab_size": 50257, **_sizes(1280, 36, 20, 20, 5120, 1024)}),
+    "gpt2-xl": ("gpt2", {"vocab_size": 50257, **_sizes(1600, 48, 25, 25, 6400, 1024)}),
+    "stories15m": (
+        "llama",
+        {"vocab_size": 32000, **_sizes(288, 6, 6, 6, 768, 256)},
+    ),
+    "smollm2-135m": (
+        "llama",
+        {"vocab_size": 49152, **_sizes(576, 30, 9, 3, 1536, 8192), "rope_theta": 100_000.0},
+    ),
+    "smollm2-360m": (
+        "llama",
+        {"vocab_size": 49152, **_sizes(960, 32, 15, 5, 2560, 8192), "rope_theta": 100_000.0},
+    ),
+    "llama-3.2-1b": (
+        "llama",
+        {
+            "vocab_size": 128256,
+            **_sizes(2048, 16, 32, 8, 8192, 131072),
+            "rope_theta": 500_000.0,
+            "rope_scaling": LLAMA3_SCALING,
+        },
+    ),
+    "llama-3.2-3b": (
+        "llama",
+        {
+            "vocab_size": 128256,
+            **_sizes(3072, 28, 24, 8, 8192, 131072),
+            "rope_theta": 500_000.0,
+            "rope_scaling": LLAMA3_SCALING,
+        },
+    ),
+    "qwen3-0.6b": (
+        "qwen3",
+        {
+            "vocab_size": 151936,
+            **_sizes(1024, 28, 16, 8, 3072, 40960),
+            "head_dim": 128,
+            "rope_theta": 1e6,
+        },
+    ),
+    "qwen3-1.7b": (
+        "qwen3",
+        {
+            "vocab_size": 151936,
+            **_sizes(2048, 28, 16, 8, 6144, 40960),
+            "head_dim": 128,
+            "rope_theta": 1e6,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The `model` part of a run: a preset or a depth, and whatever differs from it."""
+
+    family: str = "llama"
+    """What the model is saved as: llama, qwen3 (adds QK-norm) or gpt2."""
+    preset: str | None = None
+    """A size that people know, such as gpt2 or smollm2-135m; the fields below override it."""
+    depth: int = 4
+    """One dial: width, heads and feed-forward follow from the number of layers."""
+    d_model: int | None = None
+    """Width of the residual stream; default 64 per layer."""
+    n_layers: int | None = None
+    """Number of blocks; default depth."""
+    n_heads: int | None = None
+    """Query heads; default one per 64 features."""
+    n_kv_heads: int | None = None
+    """Key-value heads (grouped-query attention); default as many as query heads."""
+    head_dim: int | None = None
+    """Features per head; default d_model / n_heads."""
+    d_ff: int | None = None
+    """Width of the feed-forward; default 8/3 of d_model (4 for gpt2), rounded up to 32."""
+    max_seq_len: int | None = None
+    """Longest context in tokens; default data.seq_len."""
+    rope_theta: float | None = None
+    """Base of the rotary frequencies; default 10,000."""
+    tie_embeddings: bool = True
+    """Whether the output matrix is the embedding matrix."""
+    dropout: float = 0.0
+    """Share of activations dropped while training."""
+    init_std: float = 0.02
+    """Standard deviation of fresh weights."""
+
+
+def _round_up(value: float, multiple: int) -> int:
+    return int(-(-value // multiple) * multiple)
+
+
+def resolve(settings: ModelSettings, vocab_size: int, seq_len: int) -> ModelConfig:
+    """The complete architecture that the settings mean, for a vocabulary and a training length."""
+    if settings.preset is not None and settings.preset not in PRESETS:
+        raise UserError(
+            f"model.preset '{settings.preset}' is not known; there are {', '.join(PRESETS)}."
+            + nearest(settings.preset, PRESETS)
+        )
+    if settings.family not in FAMILIES:
+        raise UserError(
+            f"model.family '{settings.family}' is not known; there are {', '.join(FAMILIES)}."
+            + nearest(settings.family, FAMILIES)
+        )
+    family = settings.family
+    fields: dict[str, object] = {}
+    if settings.preset is not None:
+        family, fields = PRESETS[settings.preset]
+        if settings.family not in (family, ModelSettings.family):
+            raise UserError(
+                f"model.preset '{settings.preset}' is of the family {family}, but model.family "
+                f"says {settings.family}. Leave one of the two out."
+            )
+    given = {
+        name: getattr(settings, name)
+        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff")
+        if getattr(settings, name) is not None
+    }
+    for name, value in given.items():
+        if value < 1:
+            raise UserError(f"model.{name} is {value}; it must be at least 1.")
+    if settings.depth < 1:
+        raise UserError(f"model.depth is {settings.depth}; it must be at least 1.")
+    sizes = {**fields, **given}
+    # A changed width or head count changes what was derived from it.
+    if "n_heads" in given and "n_kv_heads" not in given:
+        sizes.pop("n_kv_heads", None)
+    if "d_model" in given and "d_ff" not in given:
+        sizes.pop("d_ff", None)
+    n_layers = int(sizes.get("n_layers", settings.depth))  # type: ignore[call-overload]
+    d_model = int(sizes.get("d_model", 64 * n_layers))  # type: ignore[call-overload]
+    n_heads = int(sizes.get("n_heads", max(1, d_model // 64)))  # type: ignore[call-overload]
+    if "head_dim" not in sizes and d_model % n_heads:
+        raise UserError(
+            f"model.d_model ({d_model}) is not a multiple of model.n_heads ({n_heads}); "
+            "change one of them or give model.head_dim."
+        )
+    per_head = int(sizes.get("head_dim", d_model // n_heads))  # type: ignore[call-overload]
+    wide = 4 * d_model if family == "gpt2" else _round_up(d_model * 8 / 3, 32)
+    max_seq_len = settings.max_seq_len or seq_len
+    if max_seq_len < seq_len:
+        raise UserError(
+            f"data.seq_len ({seq_len}) is longer than model.max_seq_len ({max_seq_len}); "
+            "lower the first or raise the second."
+        )
+    config = ModelConfig(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=int(sizes.get("n_kv_heads", n_heads)),  # type: ignore[call-overload]
+        head_dim=per_head,
+        d_ff=int(sizes.get("d_ff", wide)),  # type: ignore[call-overload]
+        max_seq_len=max_seq_len,
+        tie_embeddings=settings.tie_embeddings,
+        dropout=settings.dropout,
+        init_std=settings.init_std,
+        **FAMILIES[family],  # type: ignore[arg-type]
+    )
+    theta = settings.rope_theta or fields.get("rope_theta", config.rope_theta)
+    scaling = fields.get("rope_scaling")
+    return replace(config, rope_theta=theta, rope_scaling=scaling)  # type: ignore[arg-type]
+
+
+def family_of(config: ModelConfig) -> str:
+    """The class that a config is saved as; a `UserError` when no known class can express it."""
+    for name, fields in FAMILIES.items():
+        marks = {"norm": "rms", "position": "rope", "gated": True, "qk_norm": False, **fields}
+        marks.pop("norm_eps", None)
+        if name != "gpt2":
+            for free in ("attention_bias", "feed_forward_bias", "activation"):
+                marks.pop(free, None)
+        if all(getattr(config, key) == value for key, value in marks.items()):
+            return name
+    raise UserError(
+        "No Hugging Face class can express this combination of norm, position and feed-forward; "
+        "use one of the families " + ", ".join(FAMILIES) + "."
+    )

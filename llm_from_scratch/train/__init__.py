@@ -1,0 +1,1 @@
+"""Training: losses, optimisers, the loop, and one small file per method."""

@@ -1,0 +1,385 @@
+"""The training loop: the only one. A method brings its batches and its step; this does the rest.
+
+One optimiser step:
+
+    for each micro-batch:  method.step -> (loss sum, count);  loss_sum.backward()
+    add gradients, sums and counts over the processes
+    divide once by the global count;  clip;  set the learning rate;  step
+
+Then, when they are due: evaluate, keep the best model, write samples, save a checkpoint. Everything
+that the next step depends on is in the checkpoint, and the data cursor is the number of steps, so
+that a resumed run repeats the uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llm_from_scratch.core.device import gemm_rate, rng_state, set_rng_state, synchronise
+from llm_from_scratch.core.errors import RunError, UserError
+from llm_from_scratch.core.runlog import LiveLine, RunLog, clock
+from llm_from_scratch.train.checkpoint import load_checkpoint, save_checkpoint, step_folders
+from llm_from_scratch.train.losses import LossSum
+from llm_from_scratch.train.optim import make_optimizers
+from llm_from_scratch.train.parallel import (
+    World,
+    add_up,
+    agree,
+    gather,
+    join_world,
+    share,
+    wait_for_all,
+)
+from llm_from_scratch.train.schedule import learning_rate_share
+from llm_from_scratch.train.settings import TrainSettings
+
+
+class Source(Protocol):
+    """Training data by number: the same numbers always give the same sequences."""
+
+    def batch(self, start: int, count: int) -> Any:
+        """Sequences start..start+count-1 of the endless order."""
+
+
+class Method(Protocol):
+    """What distinguishes one kind of training from another."""
+
+    def step(self, model: nn.Module, batch: Any) -> LossSum:
+        """The loss of a batch, as sum and count, connected to the model's gradients."""
+
+
+@dataclass
+class Hooks:
+    """What a method may add to the loop; every one is optional."""
+
+    val_batches: Callable[[], Iterable[Any]] | None = None
+    sample: Callable[[nn.Module, int], None] | None = None
+    save_best: Callable[[nn.Module], None] | None = None
+    tokens_per_step: int = 0
+    flops_per_token: float = 0.0
+
+
+@dataclass
+class Progress:
+    """The counters of a run; all of it goes into state.json."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_val_loss: float = math.inf
+    best_step: int = 0
+    evals_without_gain: int = 0
+    val_loss: float = math.nan
+    train_losses: list[float] = field(default_factory=list, repr=False)
+    val_losses: list[float] = field(default_factory=list, repr=False)
+
+    def to_state(self) -> dict[str, Any]:
+        state = {k: v for k, v in vars(self).items() if not k.endswith("losses")}
+        return {
+            k: (None if isinstance(v, float) and not math.isfinite(v) else v)
+            for k, v in state.items()
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            if value is not None and hasattr(self, name):
+                setattr(self, name, value)
+
+
+class Loop:
+    """Trains `model` by `method` on `source`.
+
+    With a `folder` the run is logged, checkpointed and resumable; without one (the teaching API, a
+    benchmark) it only trains. `interrupted` tells afterwards whether it was stopped early.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        source: Source,
+        settings: TrainSettings,
+        *,
+        device: torch.device,
+        folder: Path | None = None,
+        hooks: Hooks | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.model = model
+        self.method = method
+        self.source = source
+        self.settings = settings
+        self.device = device
+        self.folder = folder
+        self.hooks = hooks or Hooks()
+        self.world: World = join_world(device)
+        self.progress = Progress()
+        self.interrupted = False
+        self.stopped_early = False
+        self.line = LiveLine(quiet=quiet or not self.world.main)
+        self.optimizers = make_optimizers(
+            model,
+            kind=settings.optimizer,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            betas=(settings.beta1, settings.beta2),
+            muon_learning_rate=settings.muon_learning_rate,
+        )
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._run_step = torch.compile(method.step) if settings.compile else method.step
+        self._log: RunLog | None = None
+        self._peak_flops = 0.0
+        self._seconds_here = 0.0  # without those of the processes that this one resumes
+
+    # --- one step ----------------------------------------------------------------------------
+
+    def learning_rate_share(self, step: int) -> float:
+        s = self.settings
+        return learning_rate_share(
+            step, s.max_steps, s.warmup_steps, s.schedule, s.min_learning_rate / s.learning_rate,
+            s.decay_share,
+        )  # fmt: skip
+
+    def gradients(self, start: int) -> tuple[float, int, dict[str, float]]:
+        """Leave the gradient of the mean loss of one batch in the parameters.
+
+        Returns (mean loss in nats, global count, mean metrics) of the sequences from `start` on.
+        """
+        s = self.settings
+        first, mine = share(start, s.batch_size, self.world)
+        micro = s.micro_batch_size or max(1, s.batch_size)
+        sums = torch.zeros(2, dtype=torch.float64)
+        metrics: dict[str, Tensor] = {}
+        for offset in range(0, mine, micro):
+            batch = self.source.batch(first + offset, min(micro, mine - offset))
+            result = self._run_step(self.model, to_device(batch, self.device))
+            result.loss_sum.backward()
+            sums += torch.tensor([result.loss_sum.item(), result.count], dtype=torch.float64)
+            for name, value in result.metrics.items():
+                metrics[name] = metrics.get(name, torch.zeros(())) + value.detach().cpu()
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        names = sorted(metrics)
+        add_up([*grads, sums, *(metrics[n] for n in names)], self.world)
+        loss_sum, count = sums.tolist()
+        if count < 1:
+            raise RunError(
+                f"Step {self.progress.step + 1} has no token to learn from: every target of its "
+                "batch is masked. Look at the data's loss mask."
+            )
+        torch._foreach_div_(grads, count)
+        return loss_sum / count, int(count), {n: metrics[n].item() / count for n in names}
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step; raises before the weights change if the loss is not finite."""
+        loss, count, metrics = self.gradients(self.progress.step * self.settings.batch_size)
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if not math.isfinite(loss) or not math.isfinite(norm.item()):
+            raise RunError(
+                f"The loss is not a number at step {self.progress.step + 1} (loss {loss}, gradient "
+                f"norm {norm.item()}). {self.last_good()}Lower train.learning_rate or set "
+                "train.grad_clip."
+            )
+        if self.settings.grad_clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.grad_clip, norm)
+        rate = self.learning_rate_share(self.progress.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        self.progress.tokens += self.hooks.tokens_per_step or count
+        rate_now = self.settings.learning_rate * rate
+        return {"loss": loss, "learning_rate": rate_now, "grad_norm": norm.item(), **metrics}
+
+    # --- the run -----------------------------------------------------------------------------
+
+    def train(self) -> Progress:
+        """Run to the end, to an interruption, to `stop_after` or to an early stop."""
+        s = self.settings
+        self.model.train()
+        if self.folder is not None and self.world.main:
+            self._log = RunLog(self.folder, self.progress.step)
+        if self.hooks.flops_per_token and self.world.main:
+            dtype = getattr(self.model, "compute_dtype", None) or torch.float32
+            self._peak_flops = gemm_rate(self.device.type, dtype)
+        try:
+            with catch_interrupts(self.line) as interrupted:
+                while self.progress.step < s.max_steps and not self.stopped_early:
+                    self._step_and_report()
+                    last = self.progress.step == s.max_steps
+                    self._when_due(last)
+                    stop = agree(bool(interrupted), self.world)
+                    if stop or (s.stop_after and self.progress.step >= s.stop_after and not last):
+                        self.interrupted = True
+                        self.save()
+                        break
+        finally:
+            if self._log is not None:
+                self._log.close()
+            self.line.end()
+        return self.progress
+
+    def _step_and_report(self) -> None:
+        synchronise(self.device)
+        start = time.perf_counter()
+        values = self.step()
+        synchronise(self.device)
+        seconds = time.perf_counter() - start
+        p = self.progress
+        p.seconds += seconds
+        p.train_losses.append(values["loss"])
+        rate = self.hooks.tokens_per_step / seconds
+        values["tokens_per_second"] = rate
+        text = f"step {p.step}/{self.settings.max_steps} | loss {values['loss']:.3f}"
+        if rate:
+            text += f" | {rate:,.0f} tokens/s"
+        if self._peak_flops:
+            values["mfu"] = rate * self.hooks.flops_per_token / self._peak_flops
+            text += f" | MFU {values['mfu']:.0%}"
+        self._seconds_here += seconds
+        left = (self.settings.max_steps - p.step) * self._seconds_here / len(p.train_losses)
+        self.line.show(f"{text} | {clock(left)} left")
+        if self._log is not None:
+            self._log.write(p.step, **values)
+
+    def _when_due(self, last: bool) -> None:
+        s, step = self.settings, self.progress.step
+
+        def due(every: int) -> bool:
+            return last or (every > 0 and step % every == 0)
+
+        if self.hooks.val_batches is not None and due(s.eval_every):
+            self._evaluate_and_keep_best()
+            if s.patience and self.progress.evals_without_gain >= s.patience:
+                self.line.say(f"No better validation loss for {s.patience} evaluations: stopping.")
+                self.stopped_early = True
+                last = True
+        if self.hooks.sample is not None and due(s.sample_every) and self.world.main:
+            self.model.eval()
+            self.hooks.sample(self.model, step)
+            self.model.train()
+        if due(s.checkpoint_every) or last:
+            self.save()
+        wait_for_all(self.world)
+
+    def _evaluate_and_keep_best(self) -> None:
+        p = self.progress
+        p.val_loss = self.evaluate()
+        p.val_losses.append(p.val_loss)
+        if self._log is not None:
+            self._log.write(p.step, val_loss=p.val_loss)
+        better = p.val_loss < p.best_val_loss
+        self.line.say(
+            f"step {p.step}: validation loss {p.val_loss:.4f}"
+            + (" (best so far)" if better else "")
+        )
+        if better:
+            p.best_val_loss, p.best_step, p.evals_without_gain = p.val_loss, p.step, 0
+            if self.hooks.save_best is not None and self.world.main:
+                self.hooks.save_best(self.model)
+        else:
+            p.evals_without_gain += 1
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean loss over the validation batches, in nats; inf when there are none."""
+        assert self.hooks.val_batches is not None
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        for number, batch in enumerate(self.hooks.val_batches()):
+            if number % self.world.size == self.world.rank:
+                result = self.method.step(self.model, to_device(batch, self.device))
+                sums += torch.tensor([result.loss_sum.item(), result.count], dtype=torch.float64)
+        add_up([sums], self.world)
+        self.model.train()
+        return (sums[0] / sums[1]).item() if sums[1] else math.inf
+
+    # --- checkpoints -------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write checkpoints/step-N, once per step."""
+        if self.folder is None:
+            return
+        where = self.device if self.device.type == "cuda" else torch.device("cpu")
+        own = rng_state(self.device)
+        parts = {name: gather(state.to(where), self.world) for name, state in own.items()}
+        if self.world.main:
+            rng = [{k: v[r].cpu() for k, v in parts.items()} for r in range(self.world.size)]
+            save_checkpoint(
+                self.folder / "checkpoints", self.progress.step, self.model, self.optimizers, rng,
+                self.progress.to_state(), self.settings.keep_checkpoints,
+            )  # fmt: skip
+        wait_for_all(self.world)
+
+    def resume(self) -> int:
+        """Continue from the newest checkpoint, if there is one; return its step."""
+        assert self.folder is not None
+        found = step_folders(self.folder / "checkpoints")
+        if not found:
+            return 0
+        step, path = found[-1]
+        state, rng = load_checkpoint(path, self.model, self.optimizers)
+        if len(rng) != self.world.size:
+            raise UserError(
+                f"{path} was written by {len(rng)} processes, but {self.world.size} resume it; "
+                f"start torchrun with --nproc_per_node {len(rng)}."
+            )
+        self.progress.restore(state)
+        set_rng_state(rng[self.world.rank], self.device)
+        return step
+
+    def last_good(self) -> str:
+        found = step_folders(self.folder / "checkpoints") if self.folder else []
+        return f"The last good checkpoint is {found[-1][1]}. " if found else ""
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch's tensors on the device; a batch is a dataclass, a tuple or a dict of tensors."""
+    if device.type == "cpu":
+        return batch
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {k: to_device(v, device) for k, v in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(v, device) for v in batch)
+    moved = {k: to_device(v, device) for k, v in vars(batch).items() if isinstance(v, Tensor)}
+    return type(batch)(**{**vars(batch), **moved})
+
+
+@contextmanager
+def catch_interrupts(line: LiveLine) -> Iterator[list[int]]:
+    """Within the block Ctrl-C and SIGTERM only leave a note; a second Ctrl-C stops at once."""
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+        line.say("Stopping after this step (once more to stop without saving) ...")
+
+    before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,82 @@
+"""Losses are sums with counts; the loop divides once, by the global count.
+
+That is why gradient accumulation, packing and data parallelism change nothing: a mean of means is
+not a mean, a sum of sums is a sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100  # a target without a loss
+
+
+@dataclass
+class LossSum:
+    """The loss summed over `count` targets, and further sums to be divided by the same count."""
+
+    loss_sum: Tensor
+    count: int
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """-sum log softmax(logits)[target], in nats, over the targets that are not -100.
+
+    logits (..., v), targets (...). Computed in fp32.
+    """
+    return F.cross_entropy(
+        logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Head and cross-entropy in one: logits live only for one chunk of tokens at a time.
+
+    The gradient of a chunk's logits is softmax - onehot, so it is known in the forward pass; both
+    products with it are made at once and the logits are dropped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        w = weight.to(hidden.dtype)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        d_hidden = torch.zeros_like(hidden)
+        d_weight = torch.zeros_like(weight)
+        for start in range(0, hidden.shape[0], chunk):
+            part, target = hidden[start : start + chunk], targets[start : start + chunk]
+            kept = target != IGNORE
+            logits = (part @ w.T).float()
+            logprobs = logits.log_softmax(-1)
+            safe = target.clamp_min(0)[:, None]
+            total -= (logprobs.gather(1, safe)[:, 0] * kept).sum()
+            slope = logprobs.exp_()
+            slope.scatter_add_(1, safe, torch.full_like(slope[:, :1], -1.0))
+            slope = (slope * kept[:, None]).to(hidden.dtype)
+            d_hidden[start : start + chunk] = slope @ w
+            d_weight += (slope.T @ part).to(weight.dtype)
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        scale = grads[0]
+        return d_hidden * scale.to(d_hidden.dtype), d_weight * scale.to(d_weight.dtype), None, None
+
+
+def chunked_cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1024
+) -> Tensor:
+    """`cross_entropy_sum(hidden @ weight.T, targets)` without ever holding all logits.
+
+    hidden (..., m), weight (v, m), targets (...): memory for logits is chunk * v instead of all
+    tokens * v.
+    """
+    flat = hidden.flatten(0, -2)
+    return _ChunkedCrossEntropy.apply(flat, weight, targets.flatten(), chunk)  # type: ignore[no-any-return]

@@ -1,0 +1,138 @@
+"""The settings of a training run: the `train`, `data` and `tokenizer` parts of config.yaml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.model.presets import ModelSettings
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train; shared by every method."""
+
+    max_steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Sequences per optimiser step, over all processes."""
+    micro_batch_size: int | None = None
+    """Sequences per forward pass; smaller saves memory and changes nothing else."""
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    min_learning_rate: float = 0.0
+    """Learning rate at the end of the decay."""
+    warmup_steps: int = 50
+    """Steps over which the learning rate rises linearly."""
+    schedule: str = "wsd"
+    """wsd (warm-up, stable, linear decay), cosine or constant."""
+    decay_share: float = 0.6
+    """Share of the steps over which wsd decays."""
+    optimizer: str = "muon"
+    """muon (matrices in the blocks; AdamW for the rest) or adamw."""
+    muon_learning_rate: float | None = None
+    """Peak learning rate of the matrices under muon; default learning_rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices and embeddings."""
+    beta1: float = 0.9
+    """AdamW's first decay rate."""
+    beta2: float = 0.95
+    """AdamW's second decay rate."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 is off."""
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 where this machine gains from it."""
+    compile: bool = False
+    """Use torch.compile (needs a C++ compiler on the CPU)."""
+    seed: int = 1
+    """Decides the weights, the data order and dropout."""
+    device: str = "auto"
+    """auto (cuda, mps, cpu), or one of these."""
+    eval_every: int = 200
+    """Steps between evaluations; 0 evaluates at the end only."""
+    eval_tokens: int = 100_000
+    """At most so many validation tokens in an evaluation during training."""
+    patience: int = 0
+    """Stop after so many evaluations without a better validation loss; 0 never."""
+    sample_every: int = 500
+    """Steps between samples in samples.md; 0 samples at the end only."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep_checkpoints: int = 2
+    """How many checkpoints to keep."""
+    stop_after: int | None = None
+    """Stop after this step as if interrupted; --resume goes on."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in (
+            "warmup_steps", "eval_every", "sample_every", "checkpoint_every", "patience",
+            "weight_decay", "grad_clip", "min_learning_rate",
+        ):  # fmt: skip
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name} is {getattr(self, name)}; it must not be negative.")
+        if self.learning_rate <= 0:
+            raise UserError(f"train.learning_rate is {self.learning_rate}; it must be above 0.")
+        if self.min_learning_rate > self.learning_rate:
+            raise UserError(
+                f"train.min_learning_rate ({self.min_learning_rate}) is above train.learning_rate "
+                f"({self.learning_rate})."
+            )
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise UserError(
+                f"train.micro_batch_size is {self.micro_batch_size}; it must be at least 1."
+            )
+        if not 0 < self.decay_share <= 1:
+            raise UserError(f"train.decay_share is {self.decay_share}; it must be in (0, 1].")
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """Which tokenizer: one to train, or one that exists."""
+
+    kind: str = "bpe"
+    """bpe (byte-level) or char."""
+    vocab_size: int = 4096
+    """Entries of a trained vocabulary, special tokens included."""
+    path: str | None = None
+    """A tokenizer or model folder to use instead of training one."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which text, and how it is cut."""
+
+    paths: tuple[str, ...] = ()
+    """Files and folders of text; `python` is the text that every Python carries."""
+    language: str = "en"
+    """en or ja: how text is split before byte-pair merges."""
+    seq_len: int = 256
+    """Tokens per training sequence."""
+    val_fraction: float = 0.05
+    """Share of the text kept for validation, in whole documents."""
+    on_bad: str = "skip"
+    """What to do with a file that cannot be read: skip (and name it) or stop."""
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 2:
+            raise UserError(f"data.seq_len is {self.seq_len}; it must be at least 2.")
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"data.val_fraction is {self.val_fraction}; it must be in [0, 1).")
+        if self.on_bad not in ("skip", "stop"):
+            raise UserError(f"data.on_bad is '{self.on_bad}'; it must be skip or stop.")
+        if self.language not in ("en", "ja"):
+            raise UserError(f"data.language is '{self.language}'; it must be en or ja.")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A complete pretraining run: what stands in config.yaml."""
+
+    out: str = ""
+    """The run folder."""
+    data: DataSettings = field(default_factory=DataSettings)
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)

@@ -1,0 +1,22 @@
+"""Fixtures that every test may use: the real data where there is some, and a quiet machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with real data: `$SCRATCHLM_DATA`, or `shared/data` beside the checkout."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("SCRATCHLM_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip("no real data here (set SCRATCHLM_DATA to have this test run)")
+    return folder
