@@ -139,7 +139,7 @@ class Loop:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._run_step = torch.compile(method.step) if settings.compile else method.step
         self._log: RunLog | None = None
-        self._peak_flops = 0.0
+        self.peak_flops = 0.0
         self._seconds_here = 0.0  # without those of the processes that this one resumes
 
     # --- one step ----------------------------------------------------------------------------
@@ -217,7 +217,7 @@ class Loop:
             self._log = RunLog(self.folder, self.progress.step)
         if self.hooks.flops_per_token and self.world.main:
             dtype = getattr(self.model, "compute_dtype", None) or torch.float32
-            self._peak_flops = gemm_rate(self.device.type, dtype)
+            self.peak_flops = gemm_rate(self.device.type, dtype)
         try:
             with catch_interrupts(self.line) as interrupted:
                 while self.progress.step < s.max_steps and not self.stopped_early:
@@ -249,8 +249,8 @@ class Loop:
         text = f"step {p.step}/{self.settings.max_steps} | loss {values['loss']:.3f}"
         if rate:
             text += f" | {rate:,.0f} tokens/s"
-        if self._peak_flops:
-            values["mfu"] = rate * self.hooks.flops_per_token / self._peak_flops
+        if self.peak_flops:
+            values["mfu"] = rate * self.hooks.flops_per_token / self.peak_flops
             text += f" | MFU {values['mfu']:.0%}"
         self._seconds_here += seconds
         left = (self.settings.max_steps - p.step) * self._seconds_here / len(p.train_losses)

@@ -1,0 +1,102 @@
+"""`scratchlm`: finds the verb, imports only its file, and turns errors into sentences."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+
+from llm_from_scratch import __version__
+from llm_from_scratch.core.config import Parser, normalise_flags
+from llm_from_scratch.core.errors import RunError, UserError, nearest
+
+# verb -> (what it does, whether it takes the settings of a run such as --train.max_steps)
+VERBS: dict[str, tuple[str, bool]] = {
+    "quickstart": ("train a model on this machine in minutes and talk to it", True),
+    "tokenizer": ("train a tokenizer, or see how one cuts a text", False),
+    "pretrain": ("train a language model from your own text", True),
+    "generate": ("continue a prompt, or answer one with --chat", False),
+    "chat": ("talk with a model in the terminal", False),
+    "models": ("list the models and families that are known", False),
+    "pull": ("fetch pretrained weights and check them", False),
+    "doctor": ("say what this machine is, has and can do", False),
+}
+
+USAGE = """usage: scratchlm VERB ...
+
+From raw text to a language model that you trained, understand and take with you.
+
+{verbs}
+
+Every verb explains itself: scratchlm VERB --help
+Start with:                 scratchlm quickstart
+
+MODEL is anything that names a model: a model folder, a run folder, a .gguf file,
+a hub name (org/name), or a short name from `scratchlm models`.
+"""
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    return USAGE.format(verbs="\n".join(f"  {v:<{width}}  {t}" for v, (t, _) in VERBS.items()))
+
+
+def split_settings(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """(plain arguments, settings): a setting is `--part.name` with the values that follow it."""
+    plain: list[str] = []
+    settings: list[str] = []
+    place = plain
+    for argument in arguments:
+        if argument.startswith("--"):
+            place = settings if "." in argument.partition("=")[0] else plain
+        place.append(argument)
+    return plain, settings
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line (without the program's name); returns the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"scratchlm {__version__}")
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        raise UserError(f"There is no verb '{verb}'.{nearest(verb, VERBS)} See scratchlm --help.")
+    settings: list[str] = []
+    rest = normalise_flags(rest)
+    if VERBS[verb][1]:
+        rest, settings = split_settings(rest)
+    module = importlib.import_module(f"llm_from_scratch.cli.{verb}")
+    parser = Parser(prog="scratchlm")
+    module.add_parser(parser.add_subparsers(parser_class=Parser))
+    args: argparse.Namespace = parser.parse_args([verb, *rest])
+    args.settings = settings
+    return int(module.run(args))
+
+
+def main() -> None:
+    """The entry point: exit code 0 done, 1 failed while running, 2 asked wrongly, 130 stopped."""
+    try:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except UserError as error:
+        code = 2
+        print(f"scratchlm: {error}", file=sys.stderr)
+    except RunError as error:
+        code = 1
+        print(f"scratchlm: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+        print("\nscratchlm: stopped.", file=sys.stderr)
+    except BrokenPipeError:
+        # The reader (head, less) has gone; nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

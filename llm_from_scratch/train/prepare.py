@@ -1,0 +1,139 @@
+"""From files of text to token shards: read, split, learn the tokenizer, encode."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.core.runlog import LiveLine, read_json, write_json
+from llm_from_scratch.data.python_corpus import python_corpus
+from llm_from_scratch.data.read import Document, ReadReport, read_documents
+from llm_from_scratch.data.shards import TokenStore, write_store
+from llm_from_scratch.data.split import split_documents
+from llm_from_scratch.text.tokenizer import Tokenizer
+from llm_from_scratch.text.training import train_tokenizer
+from llm_from_scratch.train.settings import PretrainConfig
+
+PYTHON = "python"  # the embedded corpus's name among data.paths
+
+
+@dataclass
+class Prepared:
+    """What training needs and what its report says about the text."""
+
+    tokenizer: Tokenizer
+    train: TokenStore
+    val: TokenStore | None
+    val_bytes: int
+    hashes: dict[str, str]
+
+
+def gather_documents(
+    config: PretrainConfig, say: Callable[[str], None]
+) -> tuple[list[Document], list[Document]]:
+    """(training, validation) documents of data.paths."""
+    paths = config.data.paths
+    if not paths:
+        raise UserError(
+            "No text was given. Name files or folders with --data, or use --data python for the "
+            "text that every Python carries."
+        )
+    if tuple(paths) == (PYTHON,):
+        train, held_out = python_corpus()
+        say(f"Corpus python: {size_of(train)} to train on, {size_of(held_out)} held out.")
+        return train, held_out
+    report = ReadReport()
+    documents = list(read_documents(paths, on_bad=config.data.on_bad, report=report))
+    say(report.summary())
+    train, val = split_documents(documents, config.data.val_fraction, config.train.seed)
+    say(f"{size_of(train)} to train on, {size_of(val)} for validation.")
+    return train, val
+
+
+def size_of(documents: Iterable[Document]) -> str:
+    """'1.2 MB in 34 documents'."""
+    sizes = [len(document.text.encode()) for document in documents]
+    return f"{sum(sizes) / 1e6:.2f} MB in {len(sizes):,} document{'s' * (len(sizes) != 1)}"
+
+
+def text_hash(documents: Iterable[Document]) -> str:
+    """SHA-256 over names and texts, in order."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(f"{document.source}\0{document.text}\0".encode())
+    return digest.hexdigest()
+
+
+def make_tokenizer(config: PretrainConfig, documents: list[Document], line: LiveLine) -> Tokenizer:
+    """The tokenizer that the settings name: loaded, or trained on the training documents."""
+    settings = config.tokenizer
+    if settings.path is not None:
+        return Tokenizer.load(Path(settings.path))
+
+    def progress(what: str, done: int, total: int) -> None:
+        line.show(f"Tokenizer: {what} {done:,} of {total:,}")
+
+    char = settings.kind == "char"
+    tokenizer = train_tokenizer(
+        (document.text for document in documents),
+        kind=settings.kind,
+        vocab_size=None if char else settings.vocab_size,
+        special=() if char and len(documents) == 1 else ("<|endoftext|>",),
+        language=config.data.language,
+        unknown=not (char and len(documents) == 1),
+        progress=progress,
+    )
+    line.say(f"Tokenizer: {settings.kind}, {tokenizer.vocab_size:,} entries.")
+    return tokenizer
+
+
+def encode_documents(
+    tokenizer: Tokenizer, documents: list[Document], line: LiveLine, batch: int = 64
+) -> Iterable[list[int]]:
+    """The ids of each document, a batch at a time."""
+    for start in range(0, len(documents), batch):
+        line.show(f"Encoding: document {start + 1:,} of {len(documents):,}")
+        yield from tokenizer.encode_batch([d.text for d in documents[start : start + batch]])
+
+
+def prepare(config: PretrainConfig, folder: Path, line: LiveLine) -> Prepared:
+    """Read, split, train the tokenizer, encode; everything lands in the run folder."""
+    train, val = gather_documents(config, line.say)
+    # A character vocabulary must know the validation text's characters, too.
+    seen = train + val if config.tokenizer.kind == "char" else train
+    tokenizer = make_tokenizer(config, seen, line)
+    tokenizer.save(folder / "tokenizer")
+    end = tokenizer.eos_id
+    stores: dict[str, TokenStore] = {}
+    for name, documents in (("train", train), ("val", val)):
+        if not documents:
+            continue
+        stores[name] = write_store(
+            folder / "tokens" / name,
+            encode_documents(tokenizer, documents, line),
+            tokenizer.vocab_size,
+            bos_id=end,
+            eos_id=end,
+            tokenizer_hash=tokenizer.fingerprint,
+        )
+    hashes = {"train": text_hash(train), "val": text_hash(val)}
+    val_bytes = sum(len(document.text.encode()) for document in val)
+    write_json(folder / "tokens" / "text.json", {"sha256": hashes, "val_bytes": val_bytes})
+    line.say(f"{len(stores['train']):,} training tokens.")
+    return Prepared(tokenizer, stores["train"], stores.get("val"), val_bytes, hashes)
+
+
+def reopen(folder: Path) -> Prepared:
+    """What `prepare` left in a run folder."""
+    text = read_json(folder / "tokens" / "text.json")
+    val = folder / "tokens" / "val"
+    return Prepared(
+        Tokenizer.load(folder / "tokenizer"),
+        TokenStore.open(folder / "tokens" / "train"),
+        TokenStore.open(val) if val.is_dir() else None,
+        text["val_bytes"],
+        text["sha256"],
+    )

@@ -1,0 +1,322 @@
+"""Pretraining: from files of text to a run folder with a model in it.
+
+read and split documents -> tokenizer -> token shards -> loop -> model, figures, picture
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llm_from_scratch.core.config import from_dict, read_yaml, to_dict, to_yaml
+from llm_from_scratch.core.device import environment, pick_device, pick_precision
+from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.core.files import remove_asides, writable_folder, write_aside
+from llm_from_scratch.core.runlog import LiveLine, plot_losses, write_json
+from llm_from_scratch.data.loader import Batch, PackedTokens, evaluation_batches
+from llm_from_scratch.evaluate.bits_per_byte import bits_per_byte, nats_of
+from llm_from_scratch.generate.generate import complete
+from llm_from_scratch.model.decoder import Decoder
+from llm_from_scratch.model.flops import parameter_count, training_flops_per_token
+from llm_from_scratch.model.presets import resolve
+from llm_from_scratch.text.tokenizer import Tokenizer
+from llm_from_scratch.train.loop import Hooks, Loop
+from llm_from_scratch.train.losses import LossSum, chunked_cross_entropy_sum, cross_entropy_sum
+from llm_from_scratch.train.parallel import join_world, wait_for_all
+from llm_from_scratch.train.prepare import PYTHON, Prepared, prepare, reopen
+from llm_from_scratch.train.settings import PretrainConfig
+from llm_from_scratch.weights.folder import load_folder, save_folder
+
+IDENTITY_FREE = ("stop_after",)  # train settings that do not change what a run computes
+
+
+# May change the settings once the text is prepared (quickstart sets the steps there).
+Tune = Callable[[PretrainConfig, Prepared, LiveLine], PretrainConfig]
+
+
+class NextToken:
+    """Predict every next token: the method of pretraining."""
+
+    def step(self, model: nn.Module, batch: Batch) -> LossSum:
+        assert isinstance(model, Decoder)
+        hidden = model.hidden(batch.tokens, document_ids_bt=batch.document_ids)
+        count = int((batch.targets != -100).sum())
+        if model.config.vocab_size > 1024 and model.training:
+            weight = model.head.weight
+            return LossSum(chunked_cross_entropy_sum(hidden, weight, batch.targets), count)
+        return LossSum(cross_entropy_sum(model.logits(hidden), batch.targets), count)
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+def completions(model: Decoder, tokenizer: Tokenizer, prompts: list[str], seed: int) -> str:
+    """Some continuations as Markdown."""
+    results = complete(
+        model, tokenizer, prompts, max_new_tokens=60, temperature=0.7, top_p=0.95, seed=seed
+    )
+    parts = [
+        f"**{prompt!r}**\n\n```text\n{prompt}{result.text}\n```\n"
+        for prompt, result in zip(prompts, results, strict=True)
+    ]
+    return "\n".join(parts)
+
+
+def prompts_for(config: PretrainConfig, prepared: Prepared) -> list[str]:
+    """Beginnings to continue: known ones for the embedded corpus, else from the text itself."""
+    if tuple(config.data.paths) == (PYTHON,):
+        return ["def ", "class Test", "import os\n", "The "]
+    store = prepared.val or prepared.train
+    ids = [int(i) for i in itertools.islice(store.slice(0, min(len(store), 200)), 200)]
+    text = prepared.tokenizer.decode(ids, skip_special=True).strip()
+    return [text[:16] or " "]
+
+
+class Sampler:
+    """Appends completions to samples.md."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, prompts: list[str], seed: int) -> None:
+        self.folder, self.tokenizer, self.prompts, self.seed = folder, tokenizer, prompts, seed
+
+    def __call__(self, model: nn.Module, step: int) -> None:
+        assert isinstance(model, Decoder)
+        path = self.folder / "samples.md"
+        old = path.read_text(encoding="utf-8") if path.is_file() else "# Samples\n"
+        # A resumed run writes the samples of its steps again: each step stands there once.
+        old = old.split(f"\n## Step {step}\n")[0]
+        text = completions(model, self.tokenizer, self.prompts, self.seed)
+        with write_aside(path) as file:
+            file.write(f"{old.rstrip()}\n\n## Step {step}\n\n{text}")
+
+
+def build(config: PretrainConfig, prepared: Prepared) -> Decoder:
+    """A fresh model on its device, in fp32 weights, computing in train.precision."""
+    shape = resolve(config.model, prepared.tokenizer.vocab_size, config.data.seq_len)
+    model = Decoder(shape)
+    model.initialise(config.train.seed)
+    device = pick_device(config.train.device)
+    model.to(device)
+    if config.train.precision == "bf16":
+        model.compute_dtype = torch.bfloat16
+    return model
+
+
+def settle(config: PretrainConfig) -> PretrainConfig:
+    """`auto` replaced by what it means here, so that config.yaml repeats the run."""
+    device = pick_device(config.train.device)
+    precision = pick_precision(config.train.precision, device)
+    train = dataclasses.replace(config.train, device=device.type, precision=precision)
+    return dataclasses.replace(config, train=train)
+
+
+def make_loop(
+    config: PretrainConfig, prepared: Prepared, model: Decoder, folder: Path | None, quiet: bool
+) -> Loop:
+    """The loop of a pretraining run, with evaluation, samples and the best model."""
+    seq_len, batch = config.data.seq_len, config.train.batch_size
+    source = PackedTokens(prepared.train, seq_len, config.train.seed)
+    hooks = Hooks(
+        tokens_per_step=batch * seq_len,
+        flops_per_token=training_flops_per_token(model.config, seq_len),
+    )
+    val = prepared.val
+    if val is not None and len(val) > 1:
+        rows = min(batch, 16)
+        few = max(1, config.train.eval_tokens // (rows * seq_len))
+        hooks.val_batches = lambda: itertools.islice(evaluation_batches(val, seq_len, rows), few)
+    if folder is not None:
+        prompts = prompts_for(config, prepared)
+        hooks.sample = Sampler(folder, prepared.tokenizer, prompts, config.train.seed)
+        hooks.save_best = lambda best: save_folder(best, prepared.tokenizer, folder / "model")  # type: ignore[arg-type]
+    return Loop(
+        model, NextToken(), source, config.train,
+        device=pick_device(config.train.device), folder=folder, hooks=hooks, quiet=quiet,
+    )  # fmt: skip
+
+
+@dataclass
+class Run:
+    """A finished or interrupted run."""
+
+    folder: Path
+    config: PretrainConfig
+    summary: dict[str, Any]
+    interrupted: bool = False
+
+
+def pretrain(
+    config: PretrainConfig,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    tune: Tune | None = None,
+) -> Run:
+    """Train a model from text, into the folder `config.out`.
+
+    Raises `UserError` before any work for settings that cannot be, `RunError` for what fails later.
+    """
+    line = LiveLine(quiet=quiet)
+    if not config.out:
+        raise UserError("No run folder was given; name one with --out.")
+    folder = Path(config.out)
+    world = join_world(pick_device(config.train.device))
+    if resume:
+        config = resumed_config(folder, config)
+        prepared = reopen(folder)
+    elif world.main:
+        config, prepared = start(config, folder, tune, line)
+        wait_for_all(world)
+    else:
+        wait_for_all(world)
+        config = resumed_config(folder, config)
+        prepared = reopen(folder)
+    model = build(config, prepared)
+    loop = make_loop(config, prepared, model, folder, quiet)
+    line.say(
+        f"Model: {config.model.family}, {parameter_count(model.config) / 1e6:.2f} M parameters, "
+        f"{config.train.precision} on {config.train.device}."
+    )
+    if resume and (step := loop.resume()):
+        line.say(f"Resuming after step {step}.")
+    progress = loop.train()
+    if loop.interrupted:
+        line.say(
+            f"Saved at step {progress.step}. To go on: scratchlm pretrain --out {folder} --resume"
+        )
+        return Run(folder, config, {}, interrupted=True)
+    summary = finish(config, prepared, model, loop, line) if loop.world.main else {}
+    return Run(folder, config, summary)
+
+
+def start(
+    config: PretrainConfig, folder: Path, tune: Tune | None, line: LiveLine
+) -> tuple[PretrainConfig, Prepared]:
+    """A new run folder with everything that is decided before the first step."""
+    refuse_used_folder(folder)
+    resolve(config.model, 256, config.data.seq_len)  # contradictions come out before the work
+    config = settle(config)
+    writable_folder(folder)
+    prepared = prepare(config, folder, line)
+    PackedTokens(prepared.train, config.data.seq_len, config.train.seed)  # long enough?
+    if tune is not None:
+        config = tune(config, prepared, line)
+    stored = dataclasses.replace(config.train, stop_after=None)
+    write_json(folder / "environment.json", {**environment(), "data_sha256": prepared.hashes})
+    with write_aside(folder / "config.yaml") as file:
+        file.write(to_yaml(dataclasses.replace(config, train=stored)))
+    return config, prepared
+
+
+def finish(
+    config: PretrainConfig, prepared: Prepared, model: Decoder, loop: Loop, line: LiveLine
+) -> dict[str, Any]:
+    """The figures, the picture and the model card of a run that reached its end."""
+    p, folder = loop.progress, Path(config.out)
+    rate = p.tokens / p.seconds if p.seconds else math.nan
+    summary: dict[str, Any] = {
+        "steps": p.step,
+        "tokens": p.tokens,
+        "parameters": parameter_count(model.config),
+        "seconds": round(p.seconds, 2),
+        "tokens_per_second": round(rate, 1),
+        "mfu": round(rate * loop.hooks.flops_per_token / loop.peak_flops, 4),
+    }
+    if prepared.val is not None and len(prepared.val) > 1:
+        seq_len = config.data.seq_len
+        if p.best_step != p.step:
+            model = load_folder(folder / "model")[0]  # the figures are those of what is kept
+            model.to(loop.device)
+        nats, targets = 0.0, 0
+        stride = max(1, seq_len // 4)
+        for part, count in nats_of(model, prepared.val, seq_len, stride):
+            nats, targets = nats + part, targets + count
+            line.show(f"Evaluating: {targets:,} of {len(prepared.val):,} tokens")
+        if prepared.tokenizer.eos_id is None:
+            # Nothing stands before a document's first token: it is charged as a uniform draw.
+            nats += prepared.val.documents * math.log(prepared.tokenizer.vocab_size)
+        summary["val_loss"] = p.val_loss
+        summary["best_val_loss"] = p.best_val_loss
+        summary["bits_per_byte"] = bits_per_byte(nats, prepared.val_bytes)
+    else:
+        save_folder(model, prepared.tokenizer, folder / "model")
+    write_json(folder / "summary.json", summary)
+    plot_losses(
+        folder, f"{folder.name}: {config.model.family}, {summary['parameters'] / 1e6:.2f} M"
+    )
+    write_card(folder, config, summary, prepared)
+    remove_asides(folder)
+    return summary
+
+
+def write_card(
+    folder: Path, config: PretrainConfig, summary: dict[str, Any], prepared: Prepared
+) -> None:
+    """model/README.md: what this model is, from what, how good, under which licence."""
+    figures = "\n".join(
+        f"| {name} | {value:.4f} |" if isinstance(value, float) else f"| {name} | {value} |"
+        for name, value in summary.items()
+    )
+    source = (
+        "the Python standard library and its help topics (PSF licence)"
+        if tuple(config.data.paths) == (PYTHON,)
+        else "the user's own files; their licence holds for what is made of them"
+    )
+    with write_aside(folder / "model" / "README.md") as file:
+        file.write(
+            f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+            f"# {folder.name}\n\nA {config.model.family} language model trained from scratch with "
+            f"scratchlm.\n\n- Training text: {source}; SHA-256 `{prepared.hashes['train']}`\n"
+            f"- Validation text: SHA-256 `{prepared.hashes['val']}`\n"
+            f"- Tokenizer: {prepared.tokenizer.kind}, {prepared.tokenizer.vocab_size} entries\n\n"
+            f"| figure | value |\n|---|---|\n{figures}\n"
+        )
+
+
+# --- folders and resuming ------------------------------------------------------------------------
+
+
+def refuse_used_folder(folder: Path) -> None:
+    """A run folder with something in it is never written over."""
+    if (folder / "config.yaml").exists():
+        raise UserError(
+            f"{folder} already holds a run. Go on with it by --resume, or choose another --out."
+        )
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"The folder {folder} is not empty. Choose another --out.")
+
+
+def resumed_config(folder: Path, given: PretrainConfig) -> PretrainConfig:
+    """The saved settings; a given one that contradicts them is refused by name."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no run to resume: there is no {path}.")
+    saved = from_dict(PretrainConfig, read_yaml(path))
+    was, now, usual = (flatten(to_dict(c)) for c in (saved, given, PretrainConfig()))
+    for name, value in now.items():
+        free = name == "out" or name.removeprefix("train.") in IDENTITY_FREE
+        if not free and value not in (usual[name], was[name]):
+            raise UserError(
+                f"--{name} is {value}, but the run in {folder} was started with {was[name]}. "
+                "Leave the flag out to resume, or start a new run."
+            )
+    train = dataclasses.replace(saved.train, stop_after=given.train.stop_after)
+    return dataclasses.replace(saved, out=str(folder), train=train)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'train': {'seed': 1}} -> {'train.seed': 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,96 @@
+"""The main job: a model from nothing in minutes, held against gzip, bz2 and xz."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from llm_from_scratch.core.device import synchronise
+from llm_from_scratch.core.runlog import LiveLine, write_json
+from llm_from_scratch.evaluate.bits_per_byte import compressor_bits_per_byte
+from llm_from_scratch.train.prepare import PYTHON, Prepared, gather_documents
+from llm_from_scratch.train.pretrain import Run, build, make_loop, pretrain
+from llm_from_scratch.train.settings import PretrainConfig
+
+SECONDS = 240.0  # what the whole quickstart may take
+AFTERWARDS = 30.0  # of which for evaluation, compressors, samples and picture
+PROBE_STEPS = 4
+
+
+def defaults(language: str, paths: tuple[str, ...]) -> dict[str, Any]:
+    """The settings of the quickstart, as far as they differ from those of `pretrain`."""
+    return {
+        "data": {"paths": paths or (PYTHON,), "language": language, "seq_len": 256},
+        "tokenizer": {"vocab_size": 4096},
+        "model": {"family": "qwen3", "d_model": 256, "n_layers": 4, "n_heads": 4},
+        "train": {
+            "batch_size": 16,
+            "learning_rate": 6e-3,
+            "warmup_steps": 40,
+            "schedule": "wsd",
+            "decay_share": 0.8,
+            "eval_every": 0,
+            "sample_every": 0,
+            "checkpoint_every": 0,
+            "eval_tokens": 40_000,
+        },
+    }
+
+
+def steps_that_fit(config: PretrainConfig, prepared: Prepared, seconds: float) -> tuple[int, float]:
+    """(steps, seconds per step) that fit into `seconds`, from a few real steps on a copy."""
+    quick = dataclasses.replace(config.train, max_steps=10_000)
+    probe_config = dataclasses.replace(config, train=quick)
+    model = build(probe_config, prepared)
+    loop = make_loop(probe_config, prepared, copy.deepcopy(model), None, quiet=True)
+    loop.model.train()
+    loop.step()
+    times = []
+    for _ in range(PROBE_STEPS):
+        synchronise(loop.device)
+        start = time.perf_counter()
+        loop.step()
+        synchronise(loop.device)
+        times.append(time.perf_counter() - start)
+    step_s = sorted(times)[len(times) // 2]
+    return max(20, int(seconds / step_s)), step_s
+
+
+def quickstart(
+    config: PretrainConfig, *, seconds: float = SECONDS, quiet: bool = False, fixed_steps: bool
+) -> tuple[Run, dict[str, float]]:
+    """Train within `seconds` and measure; returns the run and all bits-per-byte figures.
+
+    With `fixed_steps`, train.max_steps stands; otherwise a speed probe sets it, and config.yaml
+    says what it became.
+    """
+    began = time.monotonic()
+
+    def tune(config: PretrainConfig, prepared: Prepared, line: LiveLine) -> PretrainConfig:
+        if fixed_steps:
+            return config
+        left = seconds - AFTERWARDS - (time.monotonic() - began)
+        steps, step_s = steps_that_fit(config, prepared, 0.95 * max(left, 1.0))
+        line.say(f"Speed probe: {step_s * 1000:.0f} ms a step, so {steps} steps fit.")
+        warmup = min(config.train.warmup_steps, max(1, steps // 10))
+        every = max(1, steps // 4)
+        train = dataclasses.replace(
+            config.train, max_steps=steps, warmup_steps=warmup, eval_every=every
+        )
+        return dataclasses.replace(config, train=train)
+
+    run = pretrain(config, quiet=quiet, tune=tune)
+    if run.interrupted or not run.summary:
+        return run, {}
+    line = LiveLine(quiet=quiet)
+    line.show("Compressing the held-out text with gzip, bz2 and xz ...", force=True)
+    train, held_out = gather_documents(run.config, lambda text: None)
+    text, primer = ("\n".join(d.text for d in docs).encode() for docs in (held_out, train))
+    rivals = compressor_bits_per_byte(text, primer)
+    figures = {f"{name}_bits_per_byte": value for name, value in rivals.items()}
+    run.summary.update(figures)
+    write_json(Path(config.out) / "summary.json", run.summary)
+    return run, {"ours": run.summary["bits_per_byte"], **rivals}
