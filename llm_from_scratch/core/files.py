@@ -30,7 +30,8 @@ def fsync_path(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError:
-        pass  # some network file systems refuse fsync on folders: the rename is still atomic
+        if not path.is_dir():  # some file systems refuse it for folders; renames stay atomic
+            raise
     finally:
         os.close(handle)
 

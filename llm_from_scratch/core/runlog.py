@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -74,9 +75,12 @@ class RunLog:
             raise explain_os_error(error, self.folder / "metrics.jsonl") from error
 
     def close(self) -> None:
-        self._file.close()
+        # On a full disk closing fails, too; the error that stopped the run is the one to show.
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._events is not None:
-            self._events.close()
+            with contextlib.suppress(OSError):
+                self._events.close()
 
 
 def clock(seconds: float) -> str:

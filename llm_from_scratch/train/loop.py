@@ -135,6 +135,7 @@ class Loop:
             weight_decay=settings.weight_decay,
             betas=(settings.beta1, settings.beta2),
             muon_learning_rate=settings.muon_learning_rate,
+            muon_dtype=getattr(model, "compute_dtype", None) or torch.float32,
         )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._run_step = torch.compile(method.step) if settings.compile else method.step
@@ -213,6 +214,8 @@ class Loop:
         """Run to the end, to an interruption, to `stop_after` or to an early stop."""
         s = self.settings
         self.model.train()
+        if self.progress.step == 0:  # a resumed run has the states of its checkpoint
+            torch.manual_seed(s.seed + self.world.rank)  # what dropout draws from
         if self.folder is not None and self.world.main:
             self._log = RunLog(self.folder, self.progress.step)
         if self.hooks.flops_per_token and self.world.main:

@@ -13,20 +13,21 @@ from llm_from_scratch.core.errors import UserError, nearest
 OPTIMIZERS = ("adamw", "muon")
 
 
-def orthogonalise(g_nij: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(g_nij: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
     """Push the singular values of each matrix of a stack towards 1 (quintic Newton-Schulz).
 
     The polynomial a X + b (X X^T) X + c (X X^T)^2 X with these coefficients (K. Jordan, Muon, 2024)
     brings singular values of (0, 1] into about 0.7 to 1.2 in five steps, without an SVD.
+    Rounding does no harm, so `dtype` may be bf16 where that is faster.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g_nij / (g_nij.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = (g_nij / (g_nij.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     for _ in range(steps):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(g_nij.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -43,7 +44,9 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.dtype = dtype
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -64,7 +67,7 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                     # Nesterov: look one step ahead along the momentum.
                     updates.append(parameter.grad.lerp(state["momentum"], group["momentum"]))
-                stacked = orthogonalise(torch.stack(updates))
+                stacked = orthogonalise(torch.stack(updates), dtype=self.dtype)
                 size = 0.2 * max(shape) ** 0.5
                 for parameter, update in zip(parameters, stacked, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -85,6 +88,7 @@ def make_optimizers(
     betas: tuple[float, float],
     muon_learning_rate: float | None = None,
     muon_momentum: float = 0.95,
+    muon_dtype: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:
     """The optimisers of a run; their groups carry `peak_lr`, which the schedule multiplies."""
     if kind not in OPTIMIZERS:
@@ -108,7 +112,7 @@ def make_optimizers(
         result.append(torch.optim.AdamW(kept, lr=learning_rate, betas=betas, fused=fused))
     if matrices:
         rate = muon_learning_rate or learning_rate
-        result.append(Muon(matrices, rate, muon_momentum, weight_decay))
+        result.append(Muon(matrices, rate, muon_momentum, weight_decay, muon_dtype))
     for optimizer in result:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

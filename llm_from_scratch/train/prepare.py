@@ -67,8 +67,13 @@ def text_hash(documents: Iterable[Document]) -> str:
     return digest.hexdigest()
 
 
-def make_tokenizer(config: PretrainConfig, documents: list[Document], line: LiveLine) -> Tokenizer:
-    """The tokenizer that the settings name: loaded, or trained on the training documents."""
+def make_tokenizer(
+    config: PretrainConfig, train: list[Document], val: list[Document], line: LiveLine
+) -> Tokenizer:
+    """The tokenizer that the settings name: loaded, or learned from the training documents.
+
+    Only a character vocabulary looks at the validation text, too: it must know its characters.
+    """
     settings = config.tokenizer
     if settings.path is not None:
         return Tokenizer.load(Path(settings.path))
@@ -77,13 +82,14 @@ def make_tokenizer(config: PretrainConfig, documents: list[Document], line: Live
         line.show(f"Tokenizer: {what} {done:,} of {total:,}")
 
     char = settings.kind == "char"
+    single = char and len(train) == 1  # one text: nothing to end, nothing unknown
     tokenizer = train_tokenizer(
-        (document.text for document in documents),
+        (document.text for document in (train + val if char else train)),
         kind=settings.kind,
         vocab_size=None if char else settings.vocab_size,
-        special=() if char and len(documents) == 1 else ("<|endoftext|>",),
+        special=() if single else ("<|endoftext|>",),
         language=config.data.language,
-        unknown=not (char and len(documents) == 1),
+        unknown=not single,
         progress=progress,
     )
     line.say(f"Tokenizer: {settings.kind}, {tokenizer.vocab_size:,} entries.")
@@ -102,9 +108,7 @@ def encode_documents(
 def prepare(config: PretrainConfig, folder: Path, line: LiveLine) -> Prepared:
     """Read, split, train the tokenizer, encode; everything lands in the run folder."""
     train, val = gather_documents(config, line.say)
-    # A character vocabulary must know the validation text's characters, too.
-    seen = train + val if config.tokenizer.kind == "char" else train
-    tokenizer = make_tokenizer(config, seen, line)
+    tokenizer = make_tokenizer(config, train, val, line)
     tokenizer.save(folder / "tokenizer")
     end = tokenizer.eos_id
     stores: dict[str, TokenStore] = {}

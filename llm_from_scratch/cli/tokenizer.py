@@ -1,0 +1,231 @@
+"""`scratchlm tokenizer`: learn a vocabulary from text, or see how one cuts a text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_from_scratch.core.errors import UserError
+
+if TYPE_CHECKING:
+    from llm_from_scratch.text.tokenizer import Tokenizer
+
+PYTHON = "python"  # the embedded corpus's name among --data
+DEFAULT_SIZE = 8192
+COLOURS = ("on #264653", "on #5f3b0f", "on #1f4d2b", "on #4a2545")
+
+TRAIN_EXAMPLES = """examples:
+  scratchlm tokenizer train --data books/ --vocab_size 8192 --out tokenizers/books
+  scratchlm tokenizer train --data aozora.zip --language ja --vocab_size 16384 --out tokenizers/ja
+  scratchlm tokenizer train --data input.txt --kind char --special --out tokenizers/char
+  scratchlm tokenizer train --data chats.jsonl --vocab_size 4096 --out tokenizers/chat \\
+      --special '<|endoftext|>' '<|im_start|>' '<|im_end|>'
+"""
+SHOW_EXAMPLES = """examples:
+  scratchlm tokenizer show tokenizers/books "It is a truth universally acknowledged"
+  scratchlm tokenizer show smollm2-135m "吾輩は猫である。"
+  scratchlm tokenizer show runs/quickstart - < README.md
+  scratchlm tokenizer show tokenizers/ja "名前はまだ無い。" --json
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the verb with its two parts, `train` and `show`."""
+    parser = subparsers.add_parser(
+        "tokenizer",
+        help="train a tokenizer, or see how one cuts a text",
+        description="Train a tokenizer, or see how one cuts a text.",
+        epilog=TRAIN_EXAMPLES + SHOW_EXAMPLES.removeprefix("examples:\n"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parts = parser.add_subparsers(dest="part", required=True, metavar="train|show")
+    _add_train(parts)
+    _add_show(parts)
+
+
+def _add_train(parts: Any) -> None:
+    train = parts.add_parser(
+        "train",
+        help="learn a vocabulary from text",
+        description="Learn a vocabulary from text; the folder suits every model and transformers.",
+        epilog=TRAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument(
+        "--data", nargs="+", required=True, metavar="PATH", help="files, folders, or: python"
+    )
+    train.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    train.add_argument(
+        "--vocab_size",
+        type=int,
+        metavar="N",
+        help=f"entries, special tokens included (bpe: {DEFAULT_SIZE}; char: all that occur)",
+    )
+    train.add_argument("--kind", choices=("bpe", "char"), default="bpe", help="default: bpe")
+    train.add_argument(
+        "--special",
+        nargs="*",
+        default=["<|endoftext|>"],
+        metavar="TOKEN",
+        help="tokens that text never becomes (default: <|endoftext|>)",
+    )
+    train.add_argument("--language", choices=("en", "ja"), default="en", help="default: en")
+    train.add_argument(
+        "--min_count",
+        type=int,
+        default=2,
+        metavar="N",
+        help="bpe: merge no pair that occurs less often (default: 2)",
+    )
+    train.add_argument(
+        "--no_unknown",
+        action="store_true",
+        help="char: no <|unk|> token; characters never seen are an error",
+    )
+    train.add_argument("--on_bad", choices=("skip", "stop"), default="skip", help="broken files")
+    train.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def _add_show(parts: Any) -> None:
+    show = parts.add_parser(
+        "show",
+        help="how a tokenizer cuts a text",
+        description="The tokens of a text in colours, each with its id.",
+        epilog=SHOW_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    show.add_argument("model", metavar="MODEL", help="a tokenizer folder or any MODEL")
+    show.add_argument("text", metavar="TEXT", help="the text; - reads standard input")
+    show.add_argument(
+        "--with_special", action="store_true", help="text such as <|endoftext|> is a special token"
+    )
+    show.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the verb; returns the exit code."""
+    return train(args) if args.part == "train" else show(args)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Read the text, learn, save, say what came out."""
+    from llm_from_scratch.core.files import writable_folder
+    from llm_from_scratch.core.runlog import LiveLine
+    from llm_from_scratch.text.training import train_tokenizer
+
+    line = LiveLine(quiet=args.json)
+    size = args.vocab_size or (DEFAULT_SIZE if args.kind == "bpe" else None)
+    texts = gather(args, line.say)
+    out = writable_folder(args.out)  # before the work, not after it
+    characters = sum(map(len, texts))
+
+    def progress(what: str, done: int, total: int) -> None:
+        line.show(f"{what}: {done:,} of {total or characters:,}")
+
+    start = time.perf_counter()
+    tokenizer = train_tokenizer(
+        texts,
+        kind=args.kind,
+        vocab_size=size,
+        special=args.special,
+        language=args.language,
+        min_count=args.min_count,
+        unknown=not args.no_unknown,
+        progress=progress,
+    )
+    seconds = time.perf_counter() - start
+    tokenizer.save(out)
+    sample = [text[:100_000] for text in texts[:: max(1, len(texts) // 100)]]
+    tokens = sum(map(len, tokenizer.encode_batch(sample)))
+    result = {
+        "out": str(args.out),
+        "kind": tokenizer.kind,
+        "vocab_size": tokenizer.vocab_size,
+        "seconds": round(seconds, 3),
+        "characters": characters,
+        "bytes_per_token": round(sum(len(text.encode()) for text in sample) / max(tokens, 1), 3),
+    }
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False))
+        return 0
+    line.say(
+        f"{tokenizer.vocab_size:,} entries from {characters:,} characters in {seconds:.1f} s; "
+        f"{result['bytes_per_token']:.2f} bytes per token on the same text."
+    )
+    if size and tokenizer.vocab_size < size:
+        line.say(f"Fewer than the {size:,} asked for: the text has no more to give.")
+    line.say(f"Saved in {args.out}. Look at it: scratchlm tokenizer show {args.out} TEXT")
+    return 0
+
+
+def gather(args: argparse.Namespace, say: Any) -> list[str]:
+    """The texts that --data names."""
+    from llm_from_scratch.data.read import ReadReport, read_documents
+
+    if args.data == [PYTHON]:
+        from llm_from_scratch.data.python_corpus import python_corpus
+
+        return [document.text for document in python_corpus()[0]]
+    report = ReadReport()
+    texts = [d.text for d in read_documents(args.data, on_bad=args.on_bad, report=report)]
+    say(report.summary())
+    return texts
+
+
+def load_tokenizer(model: str) -> Tokenizer:
+    """The tokenizer of a folder that has one, or of anything else that names a model."""
+    from llm_from_scratch.text.tokenizer import Tokenizer
+
+    path = Path(model).expanduser()
+    for folder in (path, path / "model", path / "tokenizer"):
+        if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
+            return Tokenizer.load(folder)
+    if path.is_file() and path.suffix == ".json":
+        return Tokenizer.load(path)
+    # Only here: this imports PyTorch, which takes longer than everything else together.
+    from llm_from_scratch.weights.gguf import GGUF
+    from llm_from_scratch.weights.gguf_tokenizer import read_tokenizer
+    from llm_from_scratch.weights.sources import locate
+
+    found = locate(model)
+    if found.is_file():
+        return read_tokenizer(GGUF(found))
+    return Tokenizer.load(found)
+
+
+def show(args: argparse.Namespace) -> int:
+    """Print the tokens of a text."""
+    tokenizer = load_tokenizer(args.model)
+    text = sys.stdin.read() if args.text == "-" else args.text
+    if not text:
+        raise UserError("There is no text to show: give some after MODEL.")
+    ids = tokenizer.encode(text, special=args.with_special)
+    size = len(text.encode("utf-8", "replace"))
+    if args.json:
+        tokens = [{"id": i, "text": tokenizer.token_text(i)} for i in ids]
+        print(json.dumps({"tokens": tokens, "characters": len(text), "bytes": size}))
+        return 0
+
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    line = Text()
+    for number, i in enumerate(ids):
+        piece = tokenizer.token_text(i)
+        # Where there is no colour, brackets say where a token begins and ends.
+        piece = piece if console.color_system else f"[{piece}]"
+        line.append(piece, style=COLOURS[number % len(COLOURS)])
+        line.append(f"{i} ", style="dim")
+        if piece.endswith(("\\n", "\\n]")):
+            line.append("\n")
+    console.print(line)
+    console.print(
+        f"{len(ids):,} tokens, {len(text):,} characters, {size:,} bytes: "
+        f"{size / max(len(ids), 1):.2f} bytes per token."
+    )
+    return 0

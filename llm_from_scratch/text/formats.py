@@ -1,0 +1,396 @@
+"""Tokenizers on disk: `tokenizer.json` and its older relatives, read into one specification.
+
+A *specification* ("spec") is the content of a `tokenizer.json` as a dict, the format of the
+`tokenizers` package: what the vocabulary is, how text is cut and how tokens become text again. A
+*config* is the content of the `tokenizer_config.json` beside it: which token begins, ends and pads
+a text, and the chat template. Everything else that is read here becomes these two.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.core.files import write_aside
+from llm_from_scratch.text.pretokenize import (
+    GPT2_PATTERN,
+    byte_letters,
+    letter_bytes,
+    to_letters,
+)
+
+Spec = dict[str, Any]
+Config = dict[str, Any]
+
+END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "<|unk|>"
+ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+# Which token plays which part, where only the names can tell; the first that is there.
+ROLE_NAMES = {
+    "bos_token": ("<s>", "<|bos|>", "<|begin_of_text|>", "[BOS]", END_OF_TEXT),
+    "eos_token": (END_OF_TEXT, "</s>", "<|eos|>", "<|end_of_text|>", "[EOS]"),
+    "pad_token": ("<pad>", "<|pad|>", "[PAD]", "<|padding|>"),
+    "unk_token": (UNKNOWN, "<unk>", "[UNK]"),
+}
+TIKTOKEN_PATTERNS = {
+    "gpt2": GPT2_PATTERN,
+    "cl100k": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
+
+
+# ------------------------------------------------------------------------- building a spec
+
+
+def added_token(content: str, number: int, *, special: bool) -> dict[str, Any]:
+    """One entry of a spec's `added_tokens`: found in text before anything else is done to it."""
+    return {
+        "id": number,
+        "content": content,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": not special,
+        "special": special,
+    }
+
+
+def _spec(vocab: dict[str, int], merges: list[Any], special: Iterable[str], **model: Any) -> Spec:
+    added = [added_token(token, vocab[token], special=True) for token in special]
+    added.sort(key=lambda token: token["id"])
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": None,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            **model,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
+
+
+def byte_level(pattern: str = GPT2_PATTERN, *, add_prefix_space: bool = False) -> dict[str, Any]:
+    """The `pre_tokenizer` part of a spec: cut by `pattern`, then bytes as GPT-2's letters."""
+    letters = {
+        "type": "ByteLevel",
+        "add_prefix_space": add_prefix_space,
+        "trim_offsets": True,
+        "use_regex": pattern == GPT2_PATTERN,  # the one expression that is built in
+    }
+    if letters["use_regex"]:
+        return letters
+    cut = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    return {"type": "Sequence", "pretokenizers": [cut, letters]}
+
+
+def bpe_spec(
+    tokens: Sequence[str] | Mapping[str, int],
+    merges: Iterable[Sequence[str] | str],
+    *,
+    pattern: str = GPT2_PATTERN,
+    special: Iterable[str] = (),
+    add_prefix_space: bool = False,
+    individual_digits: bool = False,
+    normalizer: str | None = None,
+    ignore_merges: bool = False,
+) -> Spec:
+    """The spec of a byte-level BPE tokenizer, from its vocabulary and merges in GPT-2's letters.
+
+    Args:
+        tokens: the vocabulary, a token's id being its place (or a mapping to ids).
+        merges: pairs, or strings "left right" as in `merges.txt` and in GGUF files.
+        pattern: the pre-tokenisation; `individual_digits` cuts numbers into digits before it.
+        special: those of `tokens` that never come out of ordinary text.
+        normalizer: "NFC", "NFKC", ... or None.
+        ignore_merges: a word that is in the vocabulary is one token, whatever the merges say.
+    """
+    vocab = dict(tokens) if isinstance(tokens, Mapping) else {t: i for i, t in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        raise UserError("The vocabulary has the same token twice: give every id its own token.")
+    special = list(special)
+    if missing := [token for token in special if token not in vocab]:
+        raise UserError(f"The special token '{missing[0]}' is not in the vocabulary: add it first.")
+    pairs = [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in merges]
+    for pair in pairs:
+        if len(pair) != 2 or pair[0] not in vocab or pair[0] + pair[1] not in vocab:
+            raise UserError(
+                f"The merge {' '.join(pair)!r} does not fit the vocabulary: vocabulary and merges "
+                "must come from the same tokenizer."
+            )
+    spec = _spec(vocab, pairs, special, ignore_merges=ignore_merges)
+    spec["pre_tokenizer"] = byte_level(pattern, add_prefix_space=add_prefix_space)
+    if individual_digits:
+        digits = {"type": "Digits", "individual_digits": True}
+        rest = spec["pre_tokenizer"].get("pretokenizers", [spec["pre_tokenizer"]])
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, *rest]}
+    if normalizer:
+        spec["normalizer"] = {"type": normalizer}
+    spec["decoder"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": add_prefix_space,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    return spec
+
+
+def char_spec(
+    characters: Sequence[str], special: Sequence[str] = (), unknown: str | None = None
+) -> Spec:
+    """The spec of a character tokenizer: a BPE model that has nothing to merge.
+
+    Ids are the special tokens first, then `characters` in their order. `unknown`, one of
+    `special`, stands for every character that is not in the vocabulary.
+    """
+    vocab = {token: i for i, token in enumerate([*special, *characters])}
+    spec = _spec(vocab, [], special, unk_token=unknown)
+    spec["decoder"] = {"type": "Fuse"}
+    return spec
+
+
+def guess_roles(special: Sequence[str]) -> Config:
+    """Which of the special tokens begins a text, ends it, pads it, stands for the unknown."""
+    roles: Config = {}
+    for role, names in ROLE_NAMES.items():
+        if found := [name for name in names if name in special]:
+            roles[role] = found[0]
+    return roles
+
+
+# ------------------------------------------------------------------------- reading
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, or a `UserError` that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give a folder with a tokenizer.json.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text, so it is no tokenizer file.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not valid JSON (line {error.lineno}: {error.msg}): fetch it again."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object, so it is no tokenizer file.")
+    return content
+
+
+def read_tokenizer(path: Path | str) -> tuple[Spec, Config]:
+    """Spec and config of a folder or a file: `tokenizer.json`, or `vocab.json` + `merges.txt`."""
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a folder with a tokenizer.json.")
+    config = _read_config(folder)
+    if path.is_file() and path.name not in ("vocab.json", "merges.txt"):
+        return _check_spec(read_json(path), path), config
+    if path.is_dir() and (folder / "tokenizer.json").is_file():
+        return _check_spec(read_json(folder / "tokenizer.json"), folder / "tokenizer.json"), config
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return read_vocab_and_merges(folder / "vocab.json", folder / "merges.txt", config), config
+    found = sorted(p.name for p in folder.iterdir() if "token" in p.name or "vocab" in p.name)
+    has = f" (it has {', '.join(found)})" if found else ""
+    raise UserError(f"{folder} has no tokenizer.json and no vocab.json with merges.txt{has}.")
+
+
+def _check_spec(spec: Any, path: Path) -> Spec:
+    model = spec.get("model") if isinstance(spec, dict) else None
+    if not isinstance(model, dict) or "vocab" not in model:
+        raise UserError(f"{path} is JSON but no tokenizer.json: it has no model with a vocabulary.")
+    return spec
+
+
+def _read_config(folder: Path) -> Config:
+    """`tokenizer_config.json` and, where it is silent, the files of older and newer layouts."""
+    config: Config = {}
+    if (folder / "special_tokens_map.json").is_file():
+        config |= _read_object(folder / "special_tokens_map.json")
+    if (folder / "tokenizer_config.json").is_file():
+        known = _read_object(folder / "tokenizer_config.json")
+        config |= {key: value for key, value in known.items() if value is not None}
+    if (folder / "added_tokens.json").is_file():
+        config["added_tokens.json"] = _read_object(folder / "added_tokens.json")
+    for role in ROLES:
+        if isinstance(config.get(role), dict):
+            config[role] = config[role]["content"]
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several templates with names
+        named = {entry["name"]: entry["template"] for entry in template}
+        config["chat_template"] = named.get("default", next(iter(named.values()), None))
+    if (folder / "chat_template.jinja").is_file():
+        config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    elif (folder / "chat_template.json").is_file():
+        config["chat_template"] = _read_object(folder / "chat_template.json").get("chat_template")
+    return config
+
+
+def read_vocab_and_merges(vocab: Path, merges: Path, config: Config | None = None) -> Spec:
+    """The spec of a byte-level tokenizer in GPT-2's two files; special tokens as `config` says."""
+    config = config or {}
+    tokens: dict[str, int] = _read_object(vocab)
+    if missing := [letter for letter in byte_letters() if letter not in tokens]:
+        raise UserError(
+            f"{vocab} is not a byte-level vocabulary: it lacks the byte {missing[0]!r}. Convert "
+            "this tokenizer to tokenizer.json first."
+        )
+    lines = merges.read_text(encoding="utf-8", errors="replace").split("\n")
+    if lines and lines[0].startswith("#version"):
+        lines = lines[1:]
+    added: dict[str, int] = dict(config.get("added_tokens.json", {}))
+    for number, entry in config.get("added_tokens_decoder", {}).items():
+        added[entry["content"]] = int(number)
+    roles = [config[role] for role in ROLES if config.get(role)]
+    extra = [_content(token) for token in config.get("additional_special_tokens", [])]
+    default = [END_OF_TEXT] if not roles and END_OF_TEXT in tokens else []
+    tokens |= added
+    named = [*roles, *extra, *added, *default]
+    special = dict.fromkeys(token for token in named if token in tokens)
+    return bpe_spec(
+        tokens,
+        [line.rstrip("\r") for line in lines if line.strip()],
+        special=special,
+        add_prefix_space=bool(config.get("add_prefix_space", False)),
+    )
+
+
+def _content(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def read_tiktoken(
+    path: Path | str,
+    *,
+    pattern: str = "gpt2",
+    special: Mapping[str, int] | None = None,
+) -> Spec:
+    """The spec of a tiktoken rank file: lines of a token in base64 and its rank.
+
+    Such a file has neither pattern nor special tokens: `pattern` is "gpt2", "cl100k" (GPT-4,
+    Llama 3) or an expression, `special` maps tokens to ids.
+    """
+    path = Path(path)
+    ranks: dict[bytes, int] = {}
+    number = 0
+    try:
+        for line in path.read_bytes().splitlines():
+            number += 1
+            if line.strip():
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, binascii.Error):
+        raise UserError(
+            f"{path}, line {number}, is not a tiktoken rank (base64, space, number)."
+        ) from None
+    return tiktoken_spec(ranks, pattern=pattern, special=special)
+
+
+def tiktoken_spec(
+    ranks: Mapping[bytes, int], *, pattern: str = "gpt2", special: Mapping[str, int] | None = None
+) -> Spec:
+    """The spec of a tiktoken encoding: see `read_tiktoken`."""
+    if any(bytes([byte]) not in ranks for byte in range(256)):
+        raise UserError("These tiktoken ranks lack some of the 256 bytes: the file is incomplete.")
+    vocab = {to_letters(token): rank for token, rank in ranks.items()}
+    vocab |= special or {}
+    return bpe_spec(
+        dict(sorted(vocab.items(), key=lambda item: item[1])),
+        [(to_letters(left), to_letters(right)) for left, right in merges_of_ranks(ranks)],
+        pattern=TIKTOKEN_PATTERNS.get(pattern, pattern),
+        special=special or (),
+        ignore_merges=True,  # tiktoken looks a whole word up before it merges
+    )
+
+
+def merges_of_ranks(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merges behind a list of ranked tokens.
+
+    A token is what its last merge made: encode it with the earlier tokens only, and two parts are
+    left. (Where more are left no merge reaches it; it is found as a whole word or not at all.)
+    """
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) == 1:
+            continue
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            joined = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
+            best = min(joined)
+            if best >= rank:
+                break
+            i = joined.index(best)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+# ------------------------------------------------------------------------- writing
+
+
+def write_tokenizer(folder: Path | str, spec: Spec, config: Config) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`, as `transformers.AutoTokenizer` reads."""
+    folder = Path(folder)
+    internal = ("added_tokens.json", "added_tokens_decoder")  # both are in tokenizer.json
+    config = {key: value for key, value in config.items() if key not in internal}
+    if spec["model"].get("type") == "BPE" or "tokenizer_class" not in config:
+        # This class takes tokenizer.json as it is; named ones rebuild parts of it from habit.
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.setdefault("clean_up_tokenization_spaces", False)
+    with write_aside(folder / "tokenizer.json") as file:
+        json.dump(spec, file, ensure_ascii=False, indent=2)
+    with write_aside(folder / "tokenizer_config.json") as file:
+        json.dump(config, file, ensure_ascii=False, indent=2)
+
+
+def is_byte_level(spec: Spec) -> bool:
+    """Whether the tokens of this spec are bytes in GPT-2's letters."""
+    parts = [spec.get("decoder") or {}, spec.get("pre_tokenizer") or {}]
+    for part in list(parts):
+        parts += part.get("decoders", []) + part.get("pretokenizers", [])
+    return any(part.get("type") == "ByteLevel" for part in parts)
+
+
+def token_to_bytes(token: str) -> bytes | None:
+    """A token in GPT-2's letters as bytes; None when it is not in that notation."""
+    table = letter_bytes()
+    try:
+        return bytes(table[letter] for letter in token)
+    except KeyError:
+        return None

@@ -1,0 +1,357 @@
+"""`Tokenizer`: text to ids and back, for every vocabulary this project trains or reads.
+
+It holds one specification (the content of a `tokenizer.json`). Encoding at scale is left to the
+`tokenizers` package; `encoder.py` does the same in Python one can read. Going back, text is put
+together from the exact bytes of its tokens, so a stream (`stream.py`) and a whole decode agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.text.backend import inert_spec, open_backend, sibling
+from llm_from_scratch.text.formats import (
+    Config,
+    Spec,
+    added_token,
+    guess_roles,
+    read_json,
+    read_tiktoken,
+    read_tokenizer,
+    write_tokenizer,
+)
+from llm_from_scratch.text.pretokenize import special_splitter
+from llm_from_scratch.text.token_bytes import TokenBytes
+
+# Tokens at which an assistant's turn ends in the chat templates people use.
+END_OF_TURN = (
+    "<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "<|end|>", "<|endofturn|>",
+    "<|assistant_end|>", "<|eom_id|>", "<|END_OF_TURN_TOKEN|>",
+)  # fmt: skip
+
+
+def without_surrogates(text: str) -> str:
+    """`text` as it can be written in UTF-8: lone surrogates (from JSON) become U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+class Tokenizer:
+    """A vocabulary and its rules. Make one with `load`, `from_spec`, or by training.
+
+    Attributes:
+        spec: the content of its `tokenizer.json`.
+        config: the content of its `tokenizer_config.json`.
+    """
+
+    def __init__(self, spec: Spec, config: Config | None = None) -> None:
+        self.spec = {**spec, "added_tokens": spec.get("added_tokens") or []}
+        _ = self._plain  # a specification that cannot be used says so here
+        self.config: Config = dict(config or {})
+        if not any(role in self.config for role in ("bos_token", "eos_token")):
+            self.config = guess_roles(list(self.special_tokens)) | self.config
+        self.extra_stop_ids: set[int] = set()
+        self._bytes_of: dict[int, bytes] = {}
+
+    # ---------------------------------------------------------------- making and keeping
+
+    @classmethod
+    def from_spec(cls, spec: Spec, config: Config | None = None) -> Tokenizer:
+        """A tokenizer from the contents of `tokenizer.json` and `tokenizer_config.json`."""
+        return cls(spec, config)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Tokenizer:
+        """Read a folder (`tokenizer.json`, or `vocab.json` and `merges.txt`) or a file."""
+        spec, config = read_tokenizer(path)
+        tokenizer = cls.from_spec(spec, config)
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        generation = folder / "generation_config.json"
+        if generation.is_file():
+            ends = read_json(generation).get("eos_token_id") or []
+            tokenizer.extra_stop_ids.update(ends if isinstance(ends, list) else [ends])
+        return tokenizer
+
+    @classmethod
+    def from_tiktoken(
+        cls,
+        path: Path | str,
+        *,
+        pattern: str = "gpt2",
+        special: Mapping[str, int] | None = None,
+        config: Config | None = None,
+    ) -> Tokenizer:
+        """Read a tiktoken rank file; `pattern` is "gpt2", "cl100k" or an expression."""
+        return cls.from_spec(read_tiktoken(path, pattern=pattern, special=special), config)
+
+    def save(self, folder: Path | str) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json` into `folder`."""
+        write_tokenizer(folder, self.spec, self.config)
+
+    def add_tokens(self, tokens: Sequence[str], *, special: bool = False) -> int:
+        """Append tokens to the vocabulary; those that it has are only marked as added.
+
+        From now on each is found in text before the merges are applied (a `special` one only
+        where `encode` is told to look for it). Returns how many entries the vocabulary grew by:
+        the embedding of a model has to grow by as many rows.
+        """
+        if any(not token for token in tokens):
+            raise UserError("An added token is empty: give every token some text.")
+        before = self.vocab_size
+        added = {entry["content"]: entry for entry in self.spec["added_tokens"]}
+        ids = {token: i for i, token in enumerate(self.tokens) if token is not None}
+        top = before
+        for token in dict.fromkeys(tokens):
+            number = ids.get(token, top)
+            top = max(top, number + 1)
+            added[token] = added_token(token, number, special=special)
+        entries = sorted(added.values(), key=lambda entry: entry["id"])
+        self.spec = {**self.spec, "added_tokens": entries}
+        self._forget()
+        return self.vocab_size - before
+
+    def _forget(self) -> None:
+        """Drop everything that was derived from an earlier specification."""
+        for name, value in vars(type(self)).items():
+            if isinstance(value, cached_property):
+                self.__dict__.pop(name, None)
+        self._bytes_of = {}
+
+    # ---------------------------------------------------------------- what it has
+
+    @cached_property
+    def tokens(self) -> list[str | None]:
+        """The vocabulary by id, in its own notation; None where an id has no token."""
+        vocab = self.spec["model"]["vocab"]
+        if isinstance(vocab, list):  # Unigram: pairs of piece and score
+            pairs = [(piece, i) for i, (piece, _) in enumerate(vocab)]
+        else:
+            pairs = list(vocab.items())
+        pairs += [(token["content"], token["id"]) for token in self.spec["added_tokens"]]
+        tokens: list[str | None] = [None] * (max((i for _, i in pairs), default=-1) + 1)
+        for token, i in pairs:
+            tokens[i] = token
+        return tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """The highest id plus one: special and added tokens are included."""
+        return len(self.tokens)
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Special tokens and their ids, in the order of the ids."""
+        return {
+            token["content"]: token["id"] for token in self.spec["added_tokens"] if token["special"]
+        }
+
+    @cached_property
+    def kind(self) -> str:
+        """ "bpe", "char", "wordpiece", "unigram" or "wordlevel"."""
+        model = self.spec["model"]
+        kind = model.get("type") or ("BPE" if "merges" in model else "WordPiece")
+        if kind == "BPE" and not model["merges"] and not self.spec.get("pre_tokenizer"):
+            return "char"
+        return str(kind).lower()
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token in the vocabulary's own notation, special ones included."""
+        number = self._plain.token_to_id(token)
+        return None if number is None else int(number)
+
+    def _role(self, role: str) -> int | None:
+        token = self.config.get(role)
+        return None if token is None else self.token_id(str(token))
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token before a text; None when there is none."""
+        return self._role("bos_token")
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token after a text; None when there is none."""
+        return self._role("eos_token")
+
+    @property
+    def pad_id(self) -> int | None:
+        """The token that fills up a batch; None when there is none."""
+        return self._role("pad_token")
+
+    @property
+    def unk_id(self) -> int | None:
+        """The token for what the vocabulary cannot express; None when there is none."""
+        model = self.spec["model"]
+        if isinstance(model.get("unk_id"), int):  # Unigram
+            return int(model["unk_id"])
+        token = model.get("unk_token") or self.config.get("unk_token")
+        return None if token is None else self.token_id(str(token))
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template that turns messages into text; may be set."""
+        return self.config.get("chat_template")
+
+    @chat_template.setter
+    def chat_template(self, template: str | None) -> None:
+        self.config["chat_template"] = template
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Where generation ends: the end of text, and the end of a turn in the chat template."""
+        template = self.chat_template or ""
+        turns = {
+            self.special_tokens[token]
+            for token in END_OF_TURN
+            if token in self.special_tokens and token in template
+        }
+        end = set() if self.eos_id is None else {self.eos_id}
+        return end | turns | self.extra_stop_ids
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of the specification: equal for tokenizers that give equal ids."""
+        text = json.dumps(self.spec, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(kind={self.kind!r}, vocab_size={self.vocab_size})"
+
+    # ---------------------------------------------------------------- text to ids
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        return open_backend(self.spec, special=False)
+
+    @cached_property
+    def _with_special(self) -> tokenizers.Tokenizer:
+        return sibling(self._plain, special=True)
+
+    @cached_property
+    def _inert(self) -> tokenizers.Tokenizer:
+        unknown = None if self.unk_id is None else self.tokens[self.unk_id]
+        return open_backend(inert_spec(self.spec, self.special_tokens, unknown), special=False)
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """The ids of `text`; nothing is put before or after them.
+
+        With `special=False` the text is a user's: `<|endoftext|>` in it is eleven characters or
+        so. With `special=True` it was made by a template, and special tokens become their ids.
+        """
+        backend = self._with_special if special else self._plain
+        text = without_surrogates(text)
+        self._check_characters(text, special)
+        # The "fast" call leaves out what is not asked for: where in the text each token was.
+        ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return ids if special else self._disarmed(ids, text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` (without special tokens) of many texts, on all cores."""
+        texts = [without_surrogates(text) for text in texts]
+        for text in texts:
+            self._check_characters(text, special=False)
+        found = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._disarmed(one.ids, text) for one, text in zip(found, texts, strict=True)]
+
+    def _disarmed(self, ids: list[int], text: str) -> list[int]:
+        """`ids`, or new ones if a special token came out of plain text."""
+        if self._special_ids.isdisjoint(ids):
+            return ids
+        inert: list[int] = self._inert.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return inert
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(i for i in self.special_tokens.values() if i != self.unk_id)
+
+    @cached_property
+    def _characters(self) -> frozenset[str] | None:
+        """For a character vocabulary without an unknown token: the characters that it has."""
+        if self.kind != "char" or self.spec["model"]["unk_token"] is not None:
+            return None
+        return frozenset(self.spec["model"]["vocab"])
+
+    def _check_characters(self, text: str, special: bool) -> None:
+        known = self._characters
+        if known is None or known.issuperset(text):
+            return
+        added = [t["content"] for t in self.spec["added_tokens"] if special or not t["special"]]
+        place = 0
+        for i, part in enumerate(special_splitter(added)(text)):
+            for j, character in enumerate(part if i % 2 == 0 else ""):
+                if character not in known:
+                    raise UserError(
+                        f"The character {character!r} (number {place + j + 1} of the text) is not "
+                        "in this character vocabulary: leave it out, or train the tokenizer with "
+                        "an unknown token."
+                    )
+            place += len(part)
+
+    # ---------------------------------------------------------------- ids to text
+
+    @cached_property
+    def bytes_rule(self) -> TokenBytes:
+        """How this vocabulary writes bytes."""
+        return TokenBytes(self.spec)
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
+        return {token["id"]: token["content"] for token in self.spec["added_tokens"]}
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token: half a character perhaps; b"" for an id without a token."""
+        data = self._bytes_of.get(token_id)
+        if data is None:
+            data = self._bytes_of[token_id] = self._find_bytes(token_id)
+        return data
+
+    def _find_bytes(self, token_id: int, first: bool = False) -> bytes:
+        if token_id in self._added:  # these are written as they are, in every notation
+            return self._added[token_id].encode()
+        token = self.tokens[token_id] if 0 <= token_id < len(self.tokens) else None
+        return b"" if token is None else self.bytes_rule(token, first=first)
+
+    def first_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token that begins a text: some vocabularies drop its space there."""
+        return self._find_bytes(token_id, first=True)
+
+    def token_text(self, token_id: int) -> str:
+        """One token as something to print: bytes that are no text as `\\xe3`."""
+        text = self.token_bytes(token_id).decode("utf-8", "backslashreplace")
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        if skip_special:
+            hidden = frozenset(self.special_tokens.values())
+            ids = [i for i in ids if i not in hidden]
+        if not self.bytes_rule.exact:
+            known = [int(i) for i in ids if 0 <= i < self.vocab_size]
+            return str(self._plain.decode(known, skip_special_tokens=False))
+        pieces = [self.token_bytes(int(i)) for i in ids]
+        if pieces and self.bytes_rule.first_space:
+            pieces[0] = self.first_bytes(int(ids[0]))
+        data = b"".join(pieces)
+        if self.bytes_rule.strip:
+            spaces = len(data) - len(data.lstrip(b" "))
+            data = data[min(spaces, self.bytes_rule.strip) :]
+        return data.decode("utf-8", "replace")
+
+
+def as_tokenizer(value: Any) -> Tokenizer:
+    """`value` if it is a tokenizer, else what `Tokenizer.load` finds there."""
+    return value if isinstance(value, Tokenizer) else Tokenizer.load(value)

@@ -1,0 +1,118 @@
+"""`scratchlm tokenizer train` and `show`, as typed."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from llm_from_scratch.cli.main import run
+from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.text.tokenizer import Tokenizer
+
+TEXT = "The cat sat on the mat. The cats sat.\n吾輩は猫である。\n" * 20
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.txt"
+    path.write_text(TEXT, "utf-8")
+    return path
+
+
+def train(corpus: Path, *flags: str) -> Tokenizer:
+    out = corpus.parent / "out"
+    words = ["tokenizer", "train", "--data", str(corpus), "--out", str(out), *flags]
+    assert run(words) == 0
+    return Tokenizer.load(out)
+
+
+def test_train_bpe(corpus: Path, capsys: pytest.CaptureFixture[str]):
+    tokenizer = train(corpus, "--vocab-size", "280", "--language", "ja")
+    assert (tokenizer.kind, tokenizer.vocab_size, tokenizer.eos_id) == ("bpe", 280, 0)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "280 entries" in said.err
+    assert f"scratchlm tokenizer show {corpus.parent / 'out'}" in said.err
+
+
+def test_a_small_text_says_that_it_gave_less(corpus: Path, capsys: pytest.CaptureFixture[str]):
+    assert train(corpus).vocab_size < 8192
+    assert "Fewer than the 8,192 asked for" in capsys.readouterr().err
+
+
+def test_train_characters(corpus: Path, capsys: pytest.CaptureFixture[str]):
+    flags = ["--kind", "char", "--special", "--no-unknown", "--json"]
+    tokenizer = train(corpus, *flags)
+    assert tokenizer.kind == "char"
+    assert tokenizer.vocab_size == len(set(TEXT))
+    result = json.loads(capsys.readouterr().out)
+    assert result["vocab_size"] == tokenizer.vocab_size
+    assert result["characters"] == len(TEXT)
+
+
+def test_train_with_special_tokens(corpus: Path):
+    flags = ["--special", "<s>", "</s>", "<pad>", "--vocab_size", "270", "--min_count", "3"]
+    tokenizer = train(corpus, *flags)
+    assert tokenizer.special_tokens == {"<s>": 0, "</s>": 1, "<pad>": 2}
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
+
+
+def test_show(corpus: Path, capsys: pytest.CaptureFixture[str]):
+    tokenizer = train(corpus, "--vocab_size", "280")
+    folder = str(corpus.parent / "out")
+    capsys.readouterr()
+    assert run(["tokenizer", "show", folder, "the cat\n猫<|endoftext|>", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [token["id"] for token in shown["tokens"]] == tokenizer.encode(
+        "the cat\n猫<|endoftext|>"
+    )
+    assert shown["bytes"] == 24
+
+    flags = ["--with_special", "--json"]
+    assert run(["tokenizer", "show", folder, "<|endoftext|>", *flags]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["tokens"] == [{"id": 0, "text": "<|endoftext|>"}]
+
+    assert run(["tokenizer", "show", folder, "q z\n"]) == 0
+    said = capsys.readouterr().out
+    assert f"[q]{tokenizer.encode('q')[0]} " in said
+    assert "4 tokens, 4 characters, 4 bytes: 1.00 bytes per token." in said
+
+
+def test_show_reads_standard_input_and_run_folders(
+    corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    tokenizer = train(corpus, "--vocab_size", "280")
+    tokenizer.save(corpus.parent / "run" / "model")
+    capsys.readouterr()
+    for place in ("run", "run/model", "run/model/tokenizer.json"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("sat"))
+        assert run(["tokenizer", "show", str(corpus.parent / place), "-", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["characters"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tokenizer"], "required: train|show"),
+        (["tokenizer", "train", "--data", "x"], "required: --out"),
+        (["tokenizer", "train", "--data", "nowhere", "--out", "o"], "nowhere does not exist"),
+        (["tokenizer", "train", "--data", ".", "--out", "o", "--kind", "word"], "invalid choice"),
+        (["tokenizer", "show", "nowhere", "text"], "no model 'nowhere'"),
+    ],
+)
+def test_asked_wrongly(words, message, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        run(words)
+    assert message in str(error.value)
+    assert not (tmp_path / "o").exists()
+
+
+def test_nothing_to_show(corpus: Path):
+    train(corpus)
+    with pytest.raises(UserError, match="no text to show"):
+        run(["tokenizer", "show", str(corpus.parent / "out"), ""])

@@ -1,0 +1,221 @@
+"""What a run leaves behind, when it stops, and what it refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_from_scratch.core import files
+from llm_from_scratch.core.config import from_dict, read_yaml
+from llm_from_scratch.core.errors import RunError, UserError
+from llm_from_scratch.core.runlog import read_metrics
+from llm_from_scratch.data.loader import Batch
+from llm_from_scratch.train.loop import Hooks, Loop
+from llm_from_scratch.train.losses import LossSum
+from llm_from_scratch.train.pretrain import NextToken, pretrain
+from llm_from_scratch.train.settings import PretrainConfig, TrainSettings
+from llm_from_scratch.weights.folder import load_folder
+from tests.train.helpers import RaggedSource, config, text, tiny_model, with_train
+
+
+def test_a_run_leaves_every_file_of_the_design(tmp_path: Path) -> None:
+    run = pretrain(config(tmp_path), quiet=True)
+    for name in (
+        "config.yaml", "metrics.jsonl", "summary.json", "environment.json", "loss.png",
+        "samples.md", "model/config.json", "model/model.safetensors", "model/tokenizer.json",
+        "model/tokenizer_config.json", "model/generation_config.json", "model/README.md",
+        "checkpoints/step-8/model.safetensors",
+    ):  # fmt: skip
+        assert (run.folder / name).stat().st_size > 0, name
+    assert list(run.folder.glob("events.out.tfevents.*"))
+    assert not list(run.folder.rglob(files.ASIDE + "*"))
+    assert not [
+        p
+        for p in run.folder.rglob("*")
+        if p.suffix in (".pt", ".bin", ".pkl") and "tokens" not in p.parts
+    ]
+    summary = json.loads((run.folder / "summary.json").read_text())
+    for name in (
+        "steps", "tokens", "parameters", "seconds", "tokens_per_second", "mfu", "val_loss",
+        "best_val_loss", "bits_per_byte",
+    ):  # fmt: skip
+        assert math.isfinite(summary[name]), name
+    assert summary["steps"] == 8
+    assert summary["tokens"] == 8 * 4 * 16
+    model, tokenizer = load_folder(run.folder / "model")
+    assert tokenizer is not None
+    assert summary["parameters"] == sum(p.numel() for p in model.parameters())
+    assert "## Step 8" in (run.folder / "samples.md").read_text()
+
+
+def test_config_yaml_repeats_the_run(tmp_path: Path) -> None:
+    first = pretrain(config(tmp_path), quiet=True)
+    saved = from_dict(PretrainConfig, read_yaml(first.folder / "config.yaml"))
+    values = {**read_yaml(first.folder / "config.yaml"), "out": str(tmp_path / "again")}
+    second = pretrain(from_dict(PretrainConfig, values), quiet=True)
+    assert saved.train.precision == "fp32"
+    assert second.summary["bits_per_byte"] == first.summary["bits_per_byte"]
+
+
+def test_tensorboard_reads_the_events(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = pretrain(config(tmp_path), quiet=True)
+    events = accumulator.EventAccumulator(str(run.folder))
+    events.Reload()
+    written = [(r["step"], r["loss"]) for r in read_metrics(run.folder) if "loss" in r]
+    read = [(e.step, e.value) for e in events.Scalars("loss")]
+    assert [s for s, _ in read] == [s for s, _ in written]
+    assert [v for _, v in read] == pytest.approx([v for _, v in written], rel=1e-6)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    run = pretrain(
+        config(tmp_path, train={"checkpoint_every": 2, "keep_checkpoints": 3}), quiet=True
+    )
+    names = sorted(p.name for p in (run.folder / "checkpoints").iterdir())
+    assert names == ["step-4", "step-6", "step-8"]
+
+
+def test_resume_refuses_a_contradiction_and_an_empty_folder(tmp_path: Path) -> None:
+    stopped = config(tmp_path, train={"stop_after": 4})
+    pretrain(stopped, quiet=True)
+    with pytest.raises(UserError, match=r"train\.max_steps is 9, but .* started with 8"):
+        pretrain(with_train(stopped, max_steps=9), resume=True, quiet=True)
+    only_out = from_dict(PretrainConfig, {"out": stopped.out})
+    assert pretrain(only_out, resume=True, quiet=True).summary["steps"] == 8
+    with pytest.raises(UserError, match="holds no run to resume"):
+        pretrain(from_dict(PretrainConfig, {"out": str(tmp_path / "x")}), resume=True, quiet=True)
+    with pytest.raises(UserError, match="already holds a run"):
+        pretrain(stopped, quiet=True)
+
+
+def test_sampling_and_evaluating_do_not_disturb_training(tmp_path: Path) -> None:
+    results = []
+    for name, every in (("often", 1), ("never", 0)):
+        (tmp_path / name).mkdir()
+        often = {"sample_every": every, "eval_every": every, "checkpoint_every": every}
+        run = pretrain(config(tmp_path / name, train=often), quiet=True)
+        results.append([r["loss"] for r in read_metrics(run.folder) if "loss" in r])
+    assert results[0] == results[1]
+
+
+class Exploding:
+    """A method whose loss is not a number from the third step on."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def step(self, model: torch.nn.Module, batch: Batch) -> LossSum:
+        self.calls += 1
+        result = NextToken().step(model, batch)
+        factor = math.nan if self.calls >= 3 else 1.0
+        return LossSum(result.loss_sum * factor, result.count)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_change() -> None:
+    model = tiny_model()
+    loop = Loop(
+        model, Exploding(), RaggedSource(), TrainSettings(batch_size=2, max_steps=9),
+        device=torch.device("cpu"), quiet=True,
+    )  # fmt: skip
+    with pytest.raises(RunError, match="not a number at step 3"):
+        loop.train()
+    assert loop.progress.step == 2
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_batch_without_targets_is_named() -> None:
+    class Masked(RaggedSource):
+        def batch(self, start: int, count: int) -> Batch:
+            batch = super().batch(start, count)
+            batch.targets[:] = -100
+            return batch
+
+    loop = Loop(
+        tiny_model(), NextToken(), Masked(), TrainSettings(batch_size=2),
+        device=torch.device("cpu"), quiet=True,
+    )  # fmt: skip
+    with pytest.raises(RunError, match="no token to learn from"):
+        loop.train()
+
+
+def test_early_stop_keeps_the_best_model() -> None:
+    """Validation on noise gets worse: the loop stops and says which step was best."""
+    saved: list[int] = []
+    source = RaggedSource()
+    noise = RaggedSource().batch(1000, 8)
+    loop = Loop(
+        tiny_model(), NextToken(), source,
+        TrainSettings(batch_size=8, max_steps=200, eval_every=5, patience=2, learning_rate=0.03),
+        device=torch.device("cpu"), quiet=True,
+        hooks=Hooks(val_batches=lambda: [noise], save_best=lambda model: saved.append(1)),
+    )  # fmt: skip
+    progress = loop.train()
+    assert loop.stopped_early
+    assert progress.step < 200
+    assert progress.val_losses[progress.best_step // 5 - 1] == progress.best_val_loss
+    assert min(progress.val_losses) == progress.best_val_loss
+    assert len(saved) >= 1
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    """From a uniform guess (ln 300 = 5.7 nats) to less than half of it on repeating text."""
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight\n" * 200)
+    run = pretrain(
+        config(tmp_path, train={"max_steps": 60, "learning_rate": 0.01}, model={"dropout": 0.0}),
+        quiet=True,
+    )
+    assert run.summary["val_loss"] < 2.5
+
+
+def test_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, count = os.fsync, [0]
+
+    def full_after_the_first_checkpoint(handle: int) -> None:
+        if list(tmp_path.glob("run/checkpoints/step-2")):
+            count[0] += 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    monkeypatch.setattr(files.os, "fsync", full_after_the_first_checkpoint)
+    with pytest.raises(RunError, match="The disk is full"):
+        pretrain(config(tmp_path, train={"checkpoint_every": 2, "eval_every": 0}), quiet=True)
+    assert count[0]
+    names = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert names == ["step-2"]
+
+
+def test_unwritable_folder_empty_and_short_corpus_are_sentences(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("x")
+    good = config(tmp_path)
+    with pytest.raises(UserError, match="Choose another"):
+        pretrain(from_dict(PretrainConfig, {"out": str(blocked / "run"), "data": {"paths": ["."]}}))
+    for content, match in (("", "text"), ("short", "short")):
+        source = tmp_path / "s.txt"
+        source.write_text(content)
+        bad = from_dict(
+            PretrainConfig,
+            {"out": str(tmp_path / f"r{len(content)}"), "data": {"paths": [str(source)]}},
+        )
+        with pytest.raises(UserError, match=match):
+            pretrain(bad, quiet=True)
+    with pytest.raises(UserError, match="No text was given"):
+        pretrain(from_dict(PretrainConfig, {"out": str(tmp_path / "n")}), quiet=True)
+    assert good.out
+
+
+def test_character_run_is_saved_without_unused_entries(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(text(800))
+    run = pretrain(config(tmp_path, tokenizer={"kind": "char"}), quiet=True)
+    _, tokenizer = load_folder(run.folder / "model")
+    assert tokenizer is not None
+    assert tokenizer.vocab_size == len(set(text(800)))
