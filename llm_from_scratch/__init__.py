@@ -17,11 +17,11 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# name -> the module that holds it, and its name there
-_NAMES = {
+# name -> the module that holds it, and its name there (None: the module itself, which is callable)
+_NAMES: dict[str, tuple[str, str | None]] = {
     "load": ("llm_from_scratch.weights.sources", "load"),
     "save": ("llm_from_scratch.weights.folder", "save_folder"),
-    "generate": ("llm_from_scratch.generate.generate", "generate"),
+    "generate": ("llm_from_scratch.generate", None),
     "pretrain": ("llm_from_scratch.train.pretrain", "pretrain"),
     "PretrainConfig": ("llm_from_scratch.train.settings", "PretrainConfig"),
     "UserError": ("llm_from_scratch.core.errors", "UserError"),
@@ -35,7 +35,8 @@ def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module 'llm_from_scratch' has no attribute '{name}'")
     module, attribute = _NAMES[name]
-    return getattr(importlib.import_module(module), attribute)
+    found = importlib.import_module(module)
+    return found if attribute is None else getattr(found, attribute)
 
 
 def __dir__() -> list[str]:
