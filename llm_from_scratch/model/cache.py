@@ -50,6 +50,11 @@ class KVCache:
         self._longest = max(values)
         self.length = values[0] if len(set(values)) == 1 else None
 
+    def select(self, rows: Tensor) -> None:
+        """Keep only the rows with these numbers, (n,) int64: the others leave the batch."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.set_lengths(self.lengths[rows])
+
     def start(self, t: int) -> None:
         """Announce t new positions; the layers append them, `finish` makes them count."""
         if self._longest + t > self.capacity:

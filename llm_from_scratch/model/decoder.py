@@ -73,7 +73,8 @@ class Decoder(nn.Module):
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        self.make_tables()
+        if not self.embedding.weight.is_meta:  # else whoever brings the weights calls it
+            self.make_tables()
 
     def make_tables(self) -> None:
         """(Re)compute the position table, which is not a weight and is never saved."""

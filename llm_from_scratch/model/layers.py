@@ -77,7 +77,8 @@ def sinusoidal_positions(length: int, d_model: int) -> Tensor:
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
     """Radians per position of each of the head_dim / 2 pairs (RoFormer, arXiv:2104.09864)."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+    # As a reciprocal: bit for bit what others compute, which counts thousands of positions on.
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
     if scaling is None:
         return frequencies
     turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)  # over the old context

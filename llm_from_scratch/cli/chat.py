@@ -1,0 +1,141 @@
+"""`scratchlm chat`: talk with a model in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from llm_from_scratch.cli.generate import (
+    add_model_arguments,
+    add_sampling_arguments,
+    explain_template,
+    load_model,
+    settings_of,
+)
+from llm_from_scratch.core.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from llm_from_scratch.generate.conversation import Conversation
+
+EXAMPLES = """\
+examples:
+  scratchlm chat smollm2-135m
+  scratchlm chat runs/quickstart --temperature 0.5
+  scratchlm chat model/ --system "Answer in one sentence." --max_new_tokens 400
+  printf 'Hello!\\nWhat can you do?\\n' | scratchlm chat smollm2-135m
+"""
+
+COMMANDS = {
+    "/help": "this list",
+    "/reset": "begin a new conversation",
+    "/system": "/system TEXT: what the model is told first (no TEXT: nothing); begins anew",
+    "/quit": "leave (or Ctrl-D); Ctrl-C stops an answer",
+}
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "chat",
+        help="talk with a model in the terminal",
+        description="Talk with a model in the terminal. One line is one message; lines can also "
+        "be piped in.\nCtrl-C stops an answer, Ctrl-D leaves, /help lists the commands.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    add_sampling_arguments(parser)
+    parser.set_defaults(max_new_tokens=512)
+
+
+def note(text: str) -> None:
+    """Something that is no part of the conversation."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    from llm_from_scratch.generate.conversation import Conversation
+
+    settings = settings_of(args)
+    model, tokenizer = load_model(args)
+    explain_template(tokenizer)
+    weight = model.embedding.weight
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    note(
+        f"{args.model}: {parameters / 1e6:,.1f} M parameters, {str(weight.dtype)[6:]} on "
+        f"{weight.device.type}, context {model.config.max_seq_len:,} tokens. /help lists the "
+        "commands."
+    )
+    talk(Conversation(model, tokenizer, settings, system=args.system))
+    return 0
+
+
+def talk(conversation: Conversation) -> None:
+    """Read messages and commands until the input ends."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (line editing and history for `input`)
+    while True:
+        try:
+            line = input("\n> " if interactive else "").strip()
+        except UnicodeDecodeError as error:
+            raise UserError("Standard input is not UTF-8 text; convert it first.") from error
+        except EOFError:
+            if interactive:
+                print()
+            return
+        except KeyboardInterrupt:
+            note("\n(Ctrl-D or /quit leaves.)")
+            continue
+        if not line:
+            continue
+        if line.startswith("/") and not line.startswith("//"):
+            if not obey(conversation, line):
+                return
+            continue
+        reply(conversation, line.removeprefix("/") if line.startswith("//") else line)
+
+
+def reply(conversation: Conversation, message: str) -> None:
+    """Print the answer as it comes; Ctrl-C stops it and keeps what was said."""
+    try:
+        pieces = conversation.ask(message)
+        if conversation.forgotten:
+            note(
+                f"(The context is full: the {conversation.forgotten} oldest messages were dropped.)"
+            )
+        with contextlib.closing(pieces):
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        print(flush=True)
+    except KeyboardInterrupt:
+        print(flush=True)
+        note("(stopped)")
+        return
+    except UserError as error:
+        note(f"({error})")
+        return
+    if conversation.result and conversation.result.finish_reason == "length":
+        note("(The answer was cut off: --max_new_tokens or the context was used up.)")
+
+
+def obey(conversation: Conversation, line: str) -> bool:
+    """Carry out a /command; False to leave."""
+    command, _, rest = line.partition(" ")
+    if command in ("/quit", "/exit"):
+        return False
+    if command == "/help":
+        note("\n".join(f"{name:<9}{text}" for name, text in COMMANDS.items()))
+    elif command == "/reset":
+        conversation.reset()
+        note("(new conversation)")
+    elif command == "/system":
+        conversation.system = rest.strip() or None
+        conversation.reset()
+        note("(new conversation with this system message)" if rest else "(no system message)")
+    else:
+        note(f"(There is no command {command}; /help lists them.{nearest(command, COMMANDS)})")
+    return True

@@ -1,0 +1,205 @@
+"""`scratchlm generate` and `scratchlm chat` on a tiny model folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_from_scratch.cli.main import run
+from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.generate import conversation as conversation_module
+from llm_from_scratch.model.decoder import Decoder
+from llm_from_scratch.text.chat_template import CHATML
+from llm_from_scratch.text.tokenizer import Tokenizer
+from llm_from_scratch.text.training import train_tokenizer
+from llm_from_scratch.weights.folder import save_folder
+
+
+@pytest.fixture(scope="module")
+def folder(
+    make: Callable[..., Decoder], tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    path: Path = tmp_path_factory.mktemp("models") / "base"
+    save_folder(make(vocab_size=tokenizer.vocab_size, max_seq_len=120), tokenizer, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def chat_folder(make: Callable[..., Decoder], tmp_path_factory: pytest.TempPathFactory) -> str:
+    path: Path = tmp_path_factory.mktemp("models") / "chat"
+    special = ["<|im_start|>", "<|im_end|>"]
+    tokenizer = train_tokenizer(
+        ["user assistant system hello " * 9], vocab_size=280, special=special
+    )
+    tokenizer.chat_template = CHATML
+    save_folder(make(vocab_size=tokenizer.vocab_size, max_seq_len=120), tokenizer, path)
+    return str(path)
+
+
+def test_text_goes_to_stdout(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", folder, "Once upon", "--max-new-tokens", "8", "--seed", "1"]
+    assert run(arguments) == 0
+    first = capsys.readouterr()
+    assert first.out.endswith("\n")
+    assert len(first.out) > 1
+    assert run(arguments) == 0
+    assert capsys.readouterr().out == first.out
+    assert run([*arguments[:-1], "2"]) == 0
+    assert capsys.readouterr().out != first.out
+
+
+def test_json_says_everything(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", folder, "Once", "--max_new_tokens", "5", "--stop", "\\n", "q", "--json"]
+    assert run(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["finish_reason"] in ("length", "stop", "stop_string")
+    assert found["new_tokens"] == len(found["tokens"]) <= 5
+    assert found["prompt"] == "Once"
+    assert {"text", "prompt_tokens", "seconds", "tokens_per_second", "model"} <= found.keys()
+    assert found["settings"]["stop"] == ["\n", "q"]
+    assert found["settings"]["temperature"] == 0.8
+    # The seed that was drawn is told, so that the run can be repeated.
+    assert run([*command, "--seed", str(found["settings"]["seed"])]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == found["text"]
+
+
+def test_a_prompt_from_stdin(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("むかしむかし\n"))
+    assert run(["generate", folder, "-", "--max_new_tokens", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "むかしむかし"
+
+
+def test_chat_uses_the_template(chat_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", chat_folder, "hello", "--chat", "--max_new_tokens", "5", "--json"]
+    assert run(command) == 0
+    captured = capsys.readouterr()
+    short = json.loads(captured.out)["prompt_tokens"]
+    assert captured.err == ""
+    assert json.loads(captured.out)["settings"]["temperature"] == 0
+    assert run([*command, "--system", "hello"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] > short + 3
+
+
+def test_a_base_model_says_that_it_is_one(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", folder, "Hello", "--chat", "--max_new_tokens", "5"]) == 0
+    assert "no chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--temperature", "-1"], "temperature is -1"),
+        (["--temperature", "warm"], "invalid float value: 'warm'"),
+        (["--top_p", "0"], "top_p is 0"),
+        (["--top_k", "-5"], "top_k is -5"),
+        (["--min_p", "3"], "min_p is 3"),
+        (["--repetition_penalty", "0"], "repetition_penalty is 0"),
+        (["--max_new_tokens", "0"], "max_new_tokens is 0"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--stop", ""], "stop string is empty"),
+        (["--dtype", "int3"], "dtype"),
+        (["--device", "tpu"], "no device 'tpu'"),
+        (["--system", "x"], "add --chat"),
+        (["--temprature", "1"], "temprature"),
+    ],
+)
+def test_wrong_flags_are_sentences(folder: str, arguments: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        run(["generate", folder, "Once", *arguments])
+
+
+def test_a_prompt_longer_than_the_context(folder: str) -> None:
+    with pytest.raises(UserError, match=r"has \d+ tokens, but the model's context is 120"):
+        run(["generate", folder, "漢" * 200])
+
+
+# ------------------------------------------------------------------------- chat
+
+
+def chat(monkeypatch: pytest.MonkeyPatch, model: str, lines: str, *flags: str) -> int:
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    return run(["chat", model, "--max_new_tokens", "6", "--seed", "1", *flags])
+
+
+def test_piped_lines_are_answered(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+
+    class Echo(conversation_module.Conversation):
+        def ask(self, text: str) -> Any:
+            heard.append(text)
+            return super().ask(text)
+
+    monkeypatch.setattr(conversation_module, "Conversation", Echo)
+    assert chat(monkeypatch, folder, "Hello\n\nOnce upon\n//path\n") == 0
+    captured = capsys.readouterr()
+    assert heard == ["Hello", "Once upon", "/path"]
+    assert captured.out.count("\n") >= 3
+    assert "no chat template" in captured.err
+    assert "context 120 tokens" in captured.err
+
+
+def test_commands(
+    chat_folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "/help\n/system Be kind.\n/system\n/reset\n/rest\n/quit\nnever read\n"
+    assert chat(monkeypatch, chat_folder, lines) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for said in ("/reset   begin", "with this system", "(no system", "(new conv", "Did you mean"):
+        assert said in captured.err
+
+
+def test_what_does_not_fit_is_said_and_the_talk_goes_on(
+    chat_folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert chat(monkeypatch, chat_folder, "x" * 500 + "\nhello\n" * 9) == 0
+    captured = capsys.readouterr()
+    assert "The message has" in captured.err
+    assert "oldest messages were dropped" in captured.err
+    assert captured.out
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(
+    chat_folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Interrupted(conversation_module.Conversation):
+        def ask(self, text: str) -> Any:
+            asked.append(text)
+
+            def pieces() -> Iterator[str]:
+                yield "some"
+                raise KeyboardInterrupt
+
+            return pieces()
+
+    monkeypatch.setattr(conversation_module, "Conversation", Interrupted)
+    assert chat(monkeypatch, chat_folder, "one\ntwo\n") == 0
+    assert asked == ["one", "two"]
+    captured = capsys.readouterr()
+    assert captured.out == "some\nsome\n"
+    assert captured.err.count("(stopped)") == 2
+
+
+def test_help_has_examples_and_loads_nothing() -> None:
+    code = (
+        "import sys\nfrom llm_from_scratch.cli.main import run\n"
+        "for verb in ('generate', 'chat'):\n"
+        "    try:\n        run([verb, '--help'])\n    except SystemExit as stop:\n"
+        "        assert stop.code == 0\n"
+        "assert 'torch' not in sys.modules, 'help must not wait for torch'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count("examples:") == 2
