@@ -118,6 +118,30 @@ def attend_by_hand(q_bhtd: Tensor, k_bhsd: Tensor, v_bhsd: Tensor, mask: Tensor 
     return scores.softmax(dim=-1) @ v_bhsd
 
 
+SHORT = 512  # positions up to which plain products beat the fused kernel in bf16 on a CPU
+
+
+def attend_short(
+    q_bhtd: Tensor, k_bhsd: Tensor, v_bhsd: Tensor, mask: Tensor | None, dropout: float
+) -> Tensor:
+    """`attend_by_hand` in three products, causal without a mask.
+
+    PyTorch's fused kernel for the CPU works in fp32 inside and saves memory that short contexts do
+    not need; in bf16 these products are 2 to 4 times as fast forward and backward.
+    """
+    b, h, t, d = q_bhtd.shape
+    s = k_bhsd.shape[2]
+    k_ds = k_bhsd.reshape(b * h, s, d).transpose(1, 2)
+    if mask is None:
+        hide = q_bhtd.new_full((t, s), float("-inf")).triu_(1)
+        scores = torch.baddbmm(hide, q_bhtd.reshape(b * h, t, d), k_ds, alpha=d**-0.5)
+    else:
+        hide = q_bhtd.new_zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+        scores = torch.bmm(q_bhtd.reshape(b * h, t, d) * d**-0.5, k_ds).view(b, h, t, s) + hide
+    weights = F.dropout(scores.softmax(dim=-1), dropout).view(b * h, t, s)
+    return torch.bmm(weights, v_bhsd.reshape(b * h, s, d)).view(b, h, t, d)
+
+
 def attend(
     q_bhtd: Tensor,
     k_bksd: Tensor,
@@ -142,6 +166,9 @@ def attend(
     if h != k:
         k_bksd = k_bksd.repeat_interleave(h // k, dim=1)
         v_bksd = v_bksd.repeat_interleave(h // k, dim=1)
+    short = t > 1 and k_bksd.shape[2] <= SHORT and (causal or mask is not None)
+    if short and q_bhtd.dtype == torch.bfloat16 and q_bhtd.device.type == "cpu":
+        return attend_short(q_bhtd, k_bksd, v_bksd, mask, dropout)
     return F.scaled_dot_product_attention(
         q_bhtd, k_bksd, v_bksd, mask, dropout_p=dropout, is_causal=causal
     )
