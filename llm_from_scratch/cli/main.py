@@ -79,6 +79,9 @@ def run(arguments: list[str]) -> int:
 
 def main() -> None:
     """The entry point: exit code 0 done, 1 failed while running, 2 asked wrongly, 130 stopped."""
+    # Read when PyTorch starts its threads: waiting threads sleep instead of spinning. With the
+    # machine to itself that costs little; beside other programs spinning costs several times more.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()

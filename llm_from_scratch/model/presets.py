@@ -198,19 +198,3 @@ def resolve(settings: ModelSettings, vocab_size: int, seq_len: int) -> ModelConf
     theta = settings.rope_theta or fields.get("rope_theta", config.rope_theta)
     scaling = fields.get("rope_scaling")
     return replace(config, rope_theta=theta, rope_scaling=scaling)  # type: ignore[arg-type]
-
-
-def family_of(config: ModelConfig) -> str:
-    """The class that a config is saved as; a `UserError` when no known class can express it."""
-    for name, fields in FAMILIES.items():
-        marks = {"norm": "rms", "position": "rope", "gated": True, "qk_norm": False, **fields}
-        marks.pop("norm_eps", None)
-        if name != "gpt2":
-            for free in ("attention_bias", "feed_forward_bias", "activation"):
-                marks.pop(free, None)
-        if all(getattr(config, key) == value for key, value in marks.items()):
-            return name
-    raise UserError(
-        "No Hugging Face class can express this combination of norm, position and feed-forward; "
-        "use one of the families " + ", ".join(FAMILIES) + "."
-    )

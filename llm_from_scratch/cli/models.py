@@ -1,0 +1,69 @@
+"""`scratchlm models`: the models with short names, the families, and the sizes to train."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "models",
+        help="list the models and families that are known",
+        description="Models that can be pulled by name, families whose Hugging Face folders can "
+        "be read and written, and the presets of sizes to train from scratch.",
+        epilog="examples:\n  scratchlm models\n  scratchlm models --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def listing() -> dict[str, Any]:
+    """Everything that the command prints, as one mapping."""
+    from llm_from_scratch.model.presets import PRESETS
+    from llm_from_scratch.weights.catalogue import CATALOGUE, local_file
+    from llm_from_scratch.weights.families import FAMILIES
+
+    models = []
+    for name, package in CATALOGUE.items():
+        path = local_file(name)
+        models.append(
+            {
+                "name": name,
+                "title": package.title,
+                "parameters": package.parameters,
+                "bytes": package.size,
+                "licence": package.licence,
+                "origin": package.origin,
+                "pulled": path is not None,
+                "path": None if path is None else str(path),
+            }
+        )
+    families = [{"name": f.name, "class": f.architecture} for f in FAMILIES.values()]
+    presets = [{"name": name, "family": family} for name, (family, _) in PRESETS.items()]
+    return {"models": models, "families": families, "presets": presets}
+
+
+def run(args: argparse.Namespace) -> int:
+    from llm_from_scratch.core.files import human_bytes
+
+    found = listing()
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    print("Models to pull by name:")
+    for model in found["models"]:
+        state = "here" if model["pulled"] else f"not yet: scratchlm pull {model['name']}"
+        print(
+            f"  {model['name']:<14} {model['title']}, {human_bytes(model['bytes'])}, "
+            f"{model['licence']} ({state})"
+        )
+    print("\nFamilies whose Hugging Face folders can be read and written:")
+    for family in found["families"]:
+        print(f"  {family['name']:<14} {family['class']}")
+    print("  GGUF files of the llama architecture can be read.")
+    print("\nSizes to train from scratch (--model.preset):")
+    for preset in found["presets"]:
+        print(f"  {preset['name']:<14} {preset['family']}")
+    return 0

@@ -1,0 +1,341 @@
+"""Model folders of the Hugging Face kind, in and out.
+
+`config.json` says what the model is, `model.safetensors` (or numbered shards with an index) holds
+its weights, `tokenizer.json` its vocabulary. Everything in the headers is checked before the first
+weight is read. Pickles (`pytorch_model.bin`) are refused: opening one can run any program.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.core.files import folder_aside
+from llm_from_scratch.model.decoder import Decoder
+from llm_from_scratch.text.tokenizer import Tokenizer
+from llm_from_scratch.weights.assemble import complete, empty_decoder, put, read_json, undisturbed
+from llm_from_scratch.weights.families import Entry, Family, family_of, read_config
+
+SHARD_BYTES = 5_000_000_000
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# What a model folder may hold: saving replaces it as a whole, and must not take more with it.
+FOLDER_NAMES = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.*", "README.md", "LICENSE*",
+)  # fmt: skip
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether `path` looks like a Hugging Face model folder, complete or not."""
+    return (path / "config.json").is_file()
+
+
+class StoredTensors:
+    """The tensors of a folder's safetensors files: names and shapes now, values on demand."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.files: dict[str, Any] = {}  # tensor name -> open file
+        self.paths: dict[str, Path] = {}
+        for path in _weight_files(folder):
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            except FileNotFoundError:
+                raise UserError(f"{folder / INDEX} names {path.name}, which is missing.") from None
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"{path} is truncated or not a safetensors file ({error}); copy it anew."
+                ) from error
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                if name in self.files:
+                    raise UserError(f"{path} repeats the tensor '{name}' of another shard.")
+                self.files[name] = file
+                self.paths[name] = path
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.files[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        tensor = self.files[name].get_tensor(name)
+        if not tensor.is_floating_point():
+            raise UserError(
+                f"{self.paths[name]}: '{name}' holds {tensor.dtype} numbers; quantised folders "
+                "cannot be read. Take the original model or a GGUF file."
+            )
+        return tensor
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[StoredTensors]:
+    """The tensors of a folder while the block runs."""
+    with ExitStack() as stack:
+        yield StoredTensors(folder, stack)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        table = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(table, dict) or not table:
+            raise UserError(f"{folder / INDEX} has no 'weight_map'; copy the model anew.")
+        names = sorted({str(name) for name in table.values()})
+        for name in names:
+            # An index must not lead out of its folder.
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise UserError(f"{folder / INDEX} names '{name}', which is not a shard's name.")
+        return [folder / name for name in names]
+    for name in PICKLES:
+        if (folder / name).is_file():
+            raise UserError(
+                f"{folder} has its weights only as {name}, a pickle, which can run any program "
+                "when it is opened; take the model's safetensors version instead (in a place you "
+                "can lose, `save_pretrained` of transformers writes one)."
+            )
+    raise UserError(f"{folder} has no {WEIGHTS}; the model folder is incomplete.")
+
+
+def _their_names(family: Family, stored: Iterable[str]) -> dict[str, str]:
+    """Full name -> stored name. A folder saved from the bare base model leaves the prefix out."""
+    names = list(stored)
+    bare = not any(name.startswith(family.prefix) for name in names)
+    add = family.prefix if bare else ""
+    return {
+        name if name.startswith("lm_head") else add + name: name
+        for name in names
+        if not name.endswith(family.surplus)
+    }
+
+
+def _check(
+    model: Decoder, entries: list[Entry], tensors: StoredTensors, names: dict[str, str], where: Path
+) -> None:
+    """Nothing missing, nothing left over, every shape as the config says."""
+    wanted = {entry.theirs for entry in entries}
+    missing = sorted(wanted - names.keys())
+    if missing:
+        raise UserError(
+            f"{where} lacks {len(missing)} tensor(s) that its config.json asks for, such as "
+            f"'{missing[0]}'; the folder is incomplete or its config.json belongs to another model."
+        )
+    surplus = sorted(names.keys() - wanted - {"lm_head.weight"})
+    if surplus:
+        raise UserError(
+            f"{where} holds {len(surplus)} tensor(s) that its config.json does not ask for, such "
+            f"as '{surplus[0]}'; its config.json belongs to another model."
+        )
+    for entry in entries:
+        parts = [model.get_parameter(name) for name in entry.ours]
+        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        if entry.transposed:
+            shape = shape[::-1]
+        found = tensors.shape(names[entry.theirs])
+        if found != shape:
+            raise UserError(
+                f"{where}: tensor '{entry.theirs}' has the shape {found}, but config.json means "
+                f"{shape}."
+            )
+
+
+def _fill(
+    model: Decoder,
+    entries: list[Entry],
+    tensors: StoredTensors,
+    names: dict[str, str],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> None:
+    for entry in entries:
+        tensor = tensors.read(names[entry.theirs])
+        dtype = dtype or tensor.dtype  # None: as the first tensor, the embedding, is stored
+        if entry.transposed:
+            tensor = tensor.t()
+        start = 0
+        for name in entry.ours:
+            rows = model.get_parameter(name).shape[0]
+            # A copy of its own: the file may be replaced while the model lives.
+            part = torch.empty(tensor[:rows].shape, dtype=dtype, device=device)
+            put(model, name, part.copy_(tensor[start : start + rows]))
+            start += rows
+
+
+def _check_head(model: Decoder, tensors: StoredTensors, names: dict[str, str], where: Path) -> None:
+    """A tied model may repeat its embedding as lm_head, but not contradict it."""
+    if not model.config.tie_embeddings or "lm_head.weight" not in names:
+        return
+    head = tensors.read(names["lm_head.weight"]).to(model.embedding.weight)
+    if not torch.equal(head, model.embedding.weight):
+        raise UserError(
+            f"{where}: config.json says 'tie_word_embeddings', but 'lm_head.weight' differs from "
+            "the embedding; set the field to false."
+        )
+
+
+@undisturbed()
+@torch.no_grad()
+def load_folder(
+    path: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> tuple[Decoder, Tokenizer | None]:
+    """The model (in inference mode) and the tokenizer of a Hugging Face model folder.
+
+    `dtype` None keeps the stored precision. The tokenizer is None where the folder has no
+    `tokenizer.json`. Raises `UserError` naming the file and field for anything that does not fit.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"There is no model folder {folder}.")
+    values = read_json(folder / "config.json")
+    family, config = read_config(values, str(folder / "config.json"))
+    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    check_vocabulary(config.vocab_size, tokenizer, folder)
+    if tokenizer is not None:
+        # Chat models often list their end-of-turn tokens here and not in the tokenizer's files.
+        ends = values.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [ends]
+        tokenizer.extra_stop_ids.update(end for end in ends if isinstance(end, int))
+    model = empty_decoder(config)
+    entries = list(family.entries(config, dict(model.named_parameters())))
+    with open_tensors(folder) as tensors:
+        names = _their_names(family, tensors.files)
+        _check(model, entries, tensors, names, folder)
+        _fill(model, entries, tensors, names, dtype, device)
+        _check_head(model, tensors, names, folder)
+    return complete(model, device), tokenizer
+
+
+def check_vocabulary(vocab_size: int, tokenizer: Tokenizer | None, where: Path | str) -> None:
+    """Refuse a tokenizer whose ids the model has no embedding for."""
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} entries, but the model only "
+            f"{vocab_size}; they do not belong together."
+        )
+
+
+def _shards(tensors: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def _their_tensors(model: Decoder, family: Family) -> Iterator[tuple[str, Tensor]]:
+    parameters = dict(model.named_parameters())
+    for entry in family.entries(model.config, parameters):
+        tensor = torch.cat([parameters[name].detach() for name in entry.ours])
+        yield entry.theirs, (tensor.t() if entry.transposed else tensor).contiguous()
+
+
+def _write_weights(model: Decoder, family: Family, folder: Path, limit: int) -> None:
+    where: dict[str, int] = {}
+    total = count = 0
+    for shard in _shards(_their_tensors(model, family), limit):
+        count += 1
+        _save(shard, folder / f"{count}.safetensors")
+        where.update(dict.fromkeys(shard, count))
+        total += sum(tensor.nbytes for tensor in shard.values())
+    if count == 1:
+        (folder / "1.safetensors").rename(folder / WEIGHTS)
+        return
+    for number in range(1, count + 1):
+        name = f"model-{number:05}-of-{count:05}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / name)
+    table = {name: f"model-{n:05}-of-{count:05}.safetensors" for name, n in where.items()}
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": table})
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # The library wraps the system's errors in its own; a full disk is worth its sentence.
+        number = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
+        raise OSError(number, str(error)) from error
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    names = ("bos_id", "eos_id", "pad_id")
+    return {name[:3] + "_token_id": getattr(tokenizer, name, None) for name in names}
+
+
+def config_json(model: Decoder, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The content of config.json; ids that the tokenizer lacks are null, not a class's default."""
+    family = family_of(model.config)
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.name,
+        **family.write(model.config),
+        **_token_ids(tokenizer),
+        "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
+        "use_cache": True,
+    }
+
+
+def generation_config_json(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The content of generation_config.json: where generation starts and ends."""
+    values: dict[str, Any] = {k: v for k, v in _token_ids(tokenizer).items() if v is not None}
+    stops = sorted(tokenizer.stop_ids) if tokenizer is not None else []
+    if stops:
+        values["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+    return values
+
+
+def save_folder(
+    model: Decoder,
+    tokenizer: Tokenizer | None,
+    path: Path | str,
+    generation_config: Mapping[str, Any] | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+
+    It appears under `path` whole or not at all, and replaces an earlier model folder there; any
+    other folder with something in it is left alone (`UserError`). `generation_config` adds to
+    generation_config.json, for example a temperature.
+    """
+    folder = Path(path)
+    refuse_foreign_folder(folder)
+    family = family_of(model.config)
+    check_vocabulary(model.config.vocab_size, tokenizer, folder)
+    with folder_aside(folder) as aside:
+        _write_weights(model, family, aside, shard_bytes)
+        _write_json(aside / "config.json", config_json(model, tokenizer))
+        generation = {**generation_config_json(tokenizer), **(generation_config or {})}
+        _write_json(aside / "generation_config.json", generation)
+        if tokenizer is not None:
+            tokenizer.save(aside)
+
+
+def refuse_foreign_folder(folder: Path) -> None:
+    """Raise `UserError` if writing a model to `folder` would delete something else."""
+    if folder.is_dir():
+        foreign = [e.name for e in folder.iterdir() if not any(e.match(n) for n in FOLDER_NAMES)]
+        if foreign:
+            raise UserError(
+                f"{folder} holds '{min(foreign)}', which is no part of a model; choose an empty or "
+                "new folder."
+            )
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; a model is saved as a folder. Choose another name.")

@@ -1,0 +1,226 @@
+"""What a MODEL argument means: a folder, a run, a .gguf file, a hub name or a short name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from llm_from_scratch.core.config import from_dict, read_yaml
+from llm_from_scratch.core.device import pick_device
+from llm_from_scratch.core.errors import UserError, nearest
+from llm_from_scratch.model.decoder import Decoder
+from llm_from_scratch.model.presets import ModelSettings, resolve
+from llm_from_scratch.text.tokenizer import Tokenizer
+from llm_from_scratch.weights.assemble import complete, empty_decoder, put, read_json
+from llm_from_scratch.weights.catalogue import CATALOGUE, Report, local_file, pull, to_stderr
+from llm_from_scratch.weights.folder import is_model_folder, load_folder, open_tensors
+from llm_from_scratch.weights.gguf_llama import load_gguf
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# What a hub folder needs; never a pickle, never another framework's copy of the weights.
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "LICENSE*"]
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+
+
+def locate(model: str | Path, report: Report = to_stderr) -> Path:
+    """The folder or .gguf file on this machine that MODEL names, fetched first where necessary.
+
+    In a run folder that is its `model/`, or its newest checkpoint while there is no model yet.
+    Raises `UserError` with the nearest name for what does not exist.
+    """
+    name, path = str(model), Path(model).expanduser()
+    if path.is_dir():
+        return _inside(path)
+    if path.is_file():
+        return _known_file(path)
+    if name in CATALOGUE:
+        found = local_file(name)
+        return found if found is not None else pull(name, report)
+    if HUB_NAME.fullmatch(name) and not path.parent.is_dir():
+        return _from_hub(name)
+    if path.parent.is_dir() and path.parent != Path():
+        siblings = [str(path.parent / entry.name) for entry in path.parent.iterdir()]
+        raise UserError(f"There is no model at {name}.{nearest(name, siblings)}")
+    here = [entry.name for entry in Path().iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
+    raise UserError(
+        f"There is no model '{name}': it is not a folder, a .gguf file, or a name that `scratchlm "
+        f"models` lists.{nearest(name, [*CATALOGUE, *here])}"
+    )
+
+
+def _inside(folder: Path) -> Path:
+    if is_model_folder(folder):
+        return folder
+    if is_model_folder(folder / "model"):
+        return folder / "model"
+    if re.fullmatch(r"step-\d+", folder.name) and (folder / "state.json").is_file():
+        return folder
+    steps = [p for p in (folder / "checkpoints").glob("step-*") if (p / "state.json").is_file()]
+    if steps:
+        return max(steps, key=lambda p: int(p.name.removeprefix("step-")))
+    files = sorted(folder.glob("*.gguf"))
+    if files:
+        raise UserError(f"{folder} holds GGUF files; name one of them, such as {files[0]}.")
+    if any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl")):
+        raise UserError(
+            f"The run in {folder} has no model and no checkpoint yet. Go on with it: "
+            f"scratchlm pretrain --out {folder} --resume"
+        )
+    raise UserError(f"{folder} is not a model folder (no config.json) nor a run folder.")
+
+
+def _known_file(path: Path) -> Path:
+    if path.suffix == ".gguf":
+        return path
+    if path.suffix == ".safetensors":
+        raise UserError(f"{path} holds weights alone; name its folder, {path.parent}, instead.")
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        raise UserError(
+            f"{path} is a pickle, which can run any program when it is opened; take the model as "
+            "a folder with model.safetensors, or as a .gguf file."
+        )
+    with path.open("rb") as file:
+        if file.read(4) == b"GGUF":
+            return path
+    raise UserError(f"{path} is not a model; name a model folder or a .gguf file.")
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    no_folder = f"There is no folder '{name}' here"
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+    except GatedRepoError as error:
+        raise UserError(
+            f"The hub gives '{name}' only to those who accepted its terms; accept them on its page "
+            "and log in with `hf auth login`."
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"{no_folder}, and the hub has no public model of that name.{nearest(name, CATALOGUE)}"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"{no_folder}, and the hub cannot be reached. Check the name and the network, or use "
+            "a local model or one that `scratchlm models` lists."
+        ) from error
+
+
+def recommended_sampling(model: str | Path) -> dict[str, float]:
+    """The sampling settings that a model's authors recommend; {} where they say nothing.
+
+    From `generation_config.json`, or the catalogue. Nothing is fetched.
+    """
+    if str(model) in CATALOGUE and not Path(model).exists():
+        return dict(CATALOGUE[str(model)].sampling)
+    path = Path(model).expanduser()
+    folders = [folder for folder in (path, path / "model") if is_model_folder(folder)]
+    if not folders or not (folders[0] / "generation_config.json").is_file():
+        return {}
+    values = read_json(folders[0] / "generation_config.json")
+    if values.get("do_sample") is False:
+        return {"temperature": 0.0}
+    found = {name: values.get(name) for name in SAMPLING}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def _load_checkpoint(folder: Path, device: torch.device) -> tuple[Decoder, Tokenizer]:
+    """The weights of a run that has not saved a model yet: what config.yaml describes."""
+    run = folder.parent.parent
+    values = read_yaml(run / "config.yaml")
+    tokenizer = Tokenizer.load(run / "tokenizer")
+    settings = from_dict(ModelSettings, values.get("model") or {}, "model")
+    seq_len = (values.get("data") or {}).get("seq_len")
+    if not isinstance(seq_len, int):
+        raise UserError(f"{run / 'config.yaml'} has no whole number as data.seq_len.")
+    model = empty_decoder(resolve(settings, tokenizer.vocab_size, seq_len))
+    with torch.no_grad(), open_tensors(folder) as tensors:
+        for name, parameter in list(model.named_parameters()):
+            if name not in tensors.files or tensors.shape(name) != tuple(parameter.shape):
+                raise UserError(f"The checkpoint {folder} does not fit {run / 'config.yaml'}.")
+            put(model, name, tensors.read(name).to(device, copy=True))
+    return complete(model, device), tokenizer
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether bf16 is quicker than fp32 for inference here, by what the hardware says of itself.
+
+    A CPU without bf16 instructions decodes quicker in bf16 (half the bytes), but takes several
+    times as long to read a prompt.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type == "cpu":
+        supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        return bool(supported()) if supported is not None else False
+    return False
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype given by name ("fp32", "bf16", ...) or as it is."""
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise UserError(
+                f"There is no dtype '{dtype}'; use one of {', '.join(DTYPES)}."
+                + nearest(dtype, DTYPES)
+            )
+        return DTYPES[dtype]
+    return dtype
+
+
+def load(
+    model: str | Path, *, dtype: torch.dtype | str | None = None, device: str = "auto"
+) -> tuple[Decoder, Tokenizer]:
+    """The model, in inference mode, and tokenizer that MODEL names.
+
+    Args:
+        model: a model folder, a run folder, a .gguf file, a hub name `org/name`, or a short name
+            from `scratchlm models` (fetched on first use).
+        dtype: the precision of the weights. None keeps what is stored, except that half precision
+            becomes fp32 on a CPU that would be slower with it; GGUF files are decoded to bf16 on
+            a GPU and to fp32 on a CPU, where the rounding of bf16 costs answers (small models
+            often hesitate between two tokens) and brings little.
+        device: "auto" (cuda, mps, cpu), "cpu", "cuda", "cuda:1", "mps".
+
+    Raises `UserError`, naming the file and the remedy, for anything that cannot be loaded.
+    """
+    where = pick_device(device)
+    wanted = as_dtype(dtype)
+    path = locate(model)
+    if path.is_file():
+        quick = where.type == "cuda" and computes_bf16(where)
+        fallback = torch.bfloat16 if quick else torch.float32
+        return load_gguf(path, wanted or fallback, where)
+    if not is_model_folder(path):
+        decoder, own = _load_checkpoint(path, where)
+        return (decoder if wanted is None else decoder.to(wanted)), own
+    decoder, tokenizer = load_folder(path, wanted, where)
+    if tokenizer is None:
+        raise UserError(f"{path} has no tokenizer.json, so text cannot be turned into tokens.")
+    stored = decoder.embedding.weight.dtype
+    slow = stored == torch.float16 or (stored == torch.bfloat16 and not computes_bf16(where))
+    if wanted is None and where.type == "cpu" and slow:
+        decoder.float()
+    return decoder, tokenizer
