@@ -38,7 +38,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--data", nargs="+", metavar="PATH", help="your own files or folders")
     parser.add_argument("--language", choices=("en", "ja"), default="en", help="default en")
     parser.add_argument("--out", metavar="DIR", default=None, help="default runs/quickstart")
-    parser.add_argument("--minutes", type=float, default=4.0, help="time for everything")
+    parser.add_argument(
+        "--minutes", type=float, default=3.75, help="time for everything, default 3.75"
+    )
     parser.add_argument("--config", metavar="FILE", help="settings as YAML; flags win over it")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 

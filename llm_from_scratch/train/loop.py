@@ -294,10 +294,11 @@ class Loop:
         )
         if better:
             p.best_val_loss, p.best_step, p.evals_without_gain = p.val_loss, p.step, 0
-            if self.hooks.save_best is not None and self.world.main:
-                self.hooks.save_best(self.model)
         else:
             p.evals_without_gain += 1
+        keep = better or not self.settings.keep_best
+        if keep and self.hooks.save_best is not None and self.world.main:
+            self.hooks.save_best(self.model)
 
     @torch.no_grad()
     def evaluate(self) -> float:

@@ -46,7 +46,10 @@ def gather_documents(
         say(f"Corpus python: {size_of(train)} to train on, {size_of(held_out)} held out.")
         return train, held_out
     report = ReadReport()
-    documents = list(read_documents(paths, on_bad=config.data.on_bad, report=report))
+    data = config.data
+    documents = list(
+        read_documents(paths, on_bad=data.on_bad, report=report, text_field=data.text_field)
+    )
     say(report.summary())
     train, val = split_documents(documents, config.data.val_fraction, config.train.seed)
     say(f"{size_of(train)} to train on, {size_of(val)} for validation.")
@@ -79,7 +82,7 @@ def make_tokenizer(
         return Tokenizer.load(Path(settings.path))
 
     def progress(what: str, done: int, total: int) -> None:
-        line.show(f"Tokenizer: {what} {done:,} of {total:,}")
+        line.show(f"Tokenizer: {what} {done:,}" + (f" of {total:,}" if total else ""))
 
     char = settings.kind == "char"
     single = char and len(train) == 1  # one text: nothing to end, nothing unknown

@@ -231,7 +231,7 @@ def finish(
     }
     if prepared.val is not None and len(prepared.val) > 1:
         seq_len = config.data.seq_len
-        if p.best_step != p.step:
+        if config.train.keep_best and p.best_step != p.step:
             model = load_folder(folder / "model")[0]  # the figures are those of what is kept
             model.to(loop.device)
         nats, targets = 0.0, 0

@@ -15,16 +15,18 @@ from llm_from_scratch.train.prepare import PYTHON, Prepared, gather_documents
 from llm_from_scratch.train.pretrain import Run, build, make_loop, pretrain
 from llm_from_scratch.train.settings import PretrainConfig
 
-SECONDS = 240.0  # what the whole quickstart may take
+SECONDS = 225.0  # what the whole quickstart may take
 AFTERWARDS = 30.0  # of which for evaluation, compressors, samples and picture
 PROBE_STEPS = 4
+MOST_EPOCHS = 6  # more passes over a small text would learn it by heart
+FEWEST_STEPS = 200  # but so many steps are taken, however small the text is
 
 
 def defaults(language: str, paths: tuple[str, ...]) -> dict[str, Any]:
     """The settings of the quickstart, as far as they differ from those of `pretrain`."""
     return {
         "data": {"paths": paths or (PYTHON,), "language": language, "seq_len": 256},
-        "tokenizer": {"vocab_size": 4096},
+        "tokenizer": {"vocab_size": 4096 if language == "en" else 6144},
         "model": {"family": "qwen3", "d_model": 256, "n_layers": 4, "n_heads": 4},
         "train": {
             "batch_size": 16,
@@ -33,6 +35,7 @@ def defaults(language: str, paths: tuple[str, ...]) -> dict[str, Any]:
             "schedule": "wsd",
             "decay_share": 0.8,
             "eval_every": 0,
+            "keep_best": False,  # nothing is chosen on the text that is reported
             "sample_every": 0,
             "checkpoint_every": 0,
             "eval_tokens": 40_000,
@@ -74,13 +77,22 @@ def quickstart(
             return config
         left = seconds - AFTERWARDS - (time.monotonic() - began)
         steps, step_s = steps_that_fit(config, prepared, 0.95 * max(left, 1.0))
-        line.say(f"Speed probe: {step_s * 1000:.0f} ms a step, so {steps} steps fit.")
-        warmup = min(config.train.warmup_steps, max(1, steps // 10))
-        every = max(1, steps // 4)
-        train = dataclasses.replace(
-            config.train, max_steps=steps, warmup_steps=warmup, eval_every=every
+        epoch = len(prepared.train) / (config.train.batch_size * config.data.seq_len)
+        steps = min(steps, max(FEWEST_STEPS, round(MOST_EPOCHS * epoch)))
+        line.say(
+            f"Speed probe: {step_s * 1000:.0f} ms a step; {steps} steps fit, which is "
+            f"{steps / epoch:.1f} times the text."
         )
-        return dataclasses.replace(config, train=train)
+        train = dataclasses.replace(
+            config.train,
+            max_steps=steps,
+            warmup_steps=min(config.train.warmup_steps, max(1, steps // 10)),
+            eval_every=max(1, steps // 4),
+        )
+        model = config.model
+        if steps > 1.5 * epoch:
+            model = dataclasses.replace(model, dropout=0.1)
+        return dataclasses.replace(config, train=train, model=model)
 
     run = pretrain(config, quiet=quiet, tune=tune)
     if run.interrupted or not run.summary:

@@ -54,6 +54,8 @@ class TrainSettings:
     """At most so many validation tokens in an evaluation during training."""
     patience: int = 0
     """Stop after so many evaluations without a better validation loss; 0 never."""
+    keep_best: bool = True
+    """Whether model/ is the one with the best validation loss; false: the last one."""
     sample_every: int = 500
     """Steps between samples in samples.md; 0 samples at the end only."""
     checkpoint_every: int = 500
@@ -112,6 +114,8 @@ class DataSettings:
     """Tokens per training sequence."""
     val_fraction: float = 0.05
     """Share of the text kept for validation, in whole documents."""
+    text_field: str = "text"
+    """Which field of .jsonl, .csv, .tsv and .parquet rows holds the text."""
     on_bad: str = "skip"
     """What to do with a file that cannot be read: skip (and name it) or stop."""
 
