@@ -14,29 +14,20 @@ $SCRATCHLM_DATA (or shared/data beside the checkout):
 
 from __future__ import annotations
 
-import argparse
 import gzip
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import tokenizers
+from common import data_file, parser, record, wait_for_quiet
 from tokenizers import Regex, models, pre_tokenizers, trainers
 
-from llm_from_scratch.core.files import sha256_of, write_aside
 from llm_from_scratch.text.pretokenize import GPT2_PATTERN, JAPANESE_PATTERN
 from llm_from_scratch.text.training import END_OF_TEXT, train_tokenizer
-
-ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("SCRATCHLM_DATA", ROOT.parent / "shared" / "data"))
 
 
 def train_ours(texts: list[str], size: int, pattern: str) -> int:
@@ -71,22 +62,22 @@ def timed(train: Callable[[list[str], int, str], int], *corpus: Any) -> dict[str
     return {"seconds": time.perf_counter() - start, "entries": entries}
 
 
-def corpora() -> dict[str, tuple[Path, list[str], int, str]]:
-    """Name -> file, texts, vocabulary size, pattern."""
-    english = DATA / "bpe-reference" / "corpus.en"
-    aozora = DATA / "aozora" / "aozora_clean.jsonl.gz"
+def corpora() -> dict[str, tuple[list[str], int, str]]:
+    """Name -> texts, vocabulary size, pattern."""
+    english = data_file("bpe-reference/corpus.en")
+    aozora = data_file("aozora/aozora_clean.jsonl.gz")
     with gzip.open(aozora, "rt", encoding="utf-8") as file:
         works = [json.loads(line)["text"] for line in file]
     return {
-        "reference-500": (english, [english.read_text("utf-8")], 500, GPT2_PATTERN),
-        "aozora-8192-gpt2-pattern": (aozora, works, 8192, GPT2_PATTERN),
-        "aozora-8192-japanese-pattern": (aozora, works, 8192, JAPANESE_PATTERN),
+        "reference-500": ([english.read_text("utf-8")], 500, GPT2_PATTERN),
+        "aozora-8192-gpt2-pattern": (works, 8192, GPT2_PATTERN),
+        "aozora-8192-japanese-pattern": (works, 8192, JAPANESE_PATTERN),
     }
 
 
 def held_out_bytes_per_token() -> dict[str, float]:
     """Every ninth work of Aozora Bunko held out: how long its tokens are, by pattern."""
-    works = corpora()["aozora-8192-japanese-pattern"][1]
+    works = corpora()["aozora-8192-japanese-pattern"][0]
     held_out = works[4::9]
     seen = [work for number, work in enumerate(works) if number % 9 != 4]
     size = sum(len(text.encode()) for text in held_out)
@@ -97,36 +88,14 @@ def held_out_bytes_per_token() -> dict[str, float]:
     return result
 
 
-def environment() -> dict[str, Any]:
-    """What the figures depend on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
-    packages = ("scratchlm", "tokenizers", "regex", "numpy")
-    return {
-        "command": " ".join(["python", "benchmarks/bpe_training.py", *sys.argv[1:]]),
-        "commit": commit.stdout.strip() or None,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load_before": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "rayon_num_threads": os.environ.get("RAYON_NUM_THREADS", "all"),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="where the JSON goes")
-    parser.add_argument("--runs", type=int, default=3)
-    args = parser.parse_args()
-    result: dict[str, Any] = {**environment(), "corpora": {}}
-    for name, (path, texts, size, pattern) in corpora().items():
+    arguments = parser(__doc__, "bpe_training.json")
+    arguments.add_argument("--runs", type=int, default=3)
+    args = arguments.parse_args()
+    wait_for_quiet(args.force)
+    threads = os.environ.get("RAYON_NUM_THREADS", "all")
+    result: dict[str, Any] = {"rayon_num_threads": threads, "corpora": {}}
+    for name, (texts, size, pattern) in corpora().items():
         runs: list[dict[str, Any]] = []
         for _ in range(args.runs):
             for who, train in (("ours", train_ours), ("tokenizers", train_theirs)):
@@ -137,8 +106,6 @@ def main() -> None:
             for who in ("ours", "tokenizers")
         }
         result["corpora"][name] = {
-            "file": str(path.relative_to(DATA)),
-            "sha256": sha256_of(path),
             "bytes": sum(len(text.encode()) for text in texts),
             "vocab_size": size,
             "runs": runs,
@@ -148,9 +115,8 @@ def main() -> None:
         print(f"{name:30} ours / tokenizers = {median['ours'] / median['tokenizers']:.2f}")
     result["aozora_held_out_bytes_per_token"] = held_out_bytes_per_token()
     print("held-out bytes per token:", result["aozora_held_out_bytes_per_token"])
-    if args.out:
-        with write_aside(args.out) as file:
-            json.dump(result, file, indent=2)
+    files = ["bpe-reference/corpus.en", "aozora/aozora_clean.jsonl.gz"]
+    record(args.out, result, files, ["tokenizers"])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 
 from llm_from_scratch import __version__
@@ -22,6 +23,9 @@ VERBS: dict[str, tuple[str, bool]] = {
     "pull": ("fetch pretrained weights and check them", False),
     "doctor": ("say what this machine is, has and can do", False),
 }
+
+# How PyTorch's allocators put it: CUDA and MPS, Linux and macOS, Windows.
+OUT_OF_MEMORY = "out of memory|can't allocate memory|not enough memory"
 
 USAGE = """usage: scratchlm VERB ...
 
@@ -64,7 +68,8 @@ def run(arguments: list[str]) -> int:
         return 0
     verb, *rest = arguments
     if verb not in VERBS:
-        raise UserError(f"There is no verb '{verb}'.{nearest(verb, VERBS)} See scratchlm --help.")
+        near = nearest(verb, [*VERBS, "--help", "--version"])
+        raise UserError(f"There is no verb '{verb}'.{near} See scratchlm --help.")
     settings: list[str] = []
     rest = normalise_flags(rest)
     if VERBS[verb][1]:
@@ -94,6 +99,15 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
         print("\nscratchlm: stopped.", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
+            raise
+        code = 1
+        print(
+            "scratchlm: The memory is not enough. Take a smaller model or a smaller batch "
+            "(--train.micro_batch_size changes nothing else); what was saved is still there.",
+            file=sys.stderr,
+        )
     except BrokenPipeError:
         # The reader (head, less) has gone; nothing is left to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -43,21 +43,20 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
-def config_from(args: argparse.Namespace, base: dict[str, Any] | None = None) -> PretrainConfig:
-    """Defaults < `base` < --config < flags."""
-    values = base or {}
-    if args.config:
-        values = merge(values, read_yaml(args.config))
+def given_values(args: argparse.Namespace) -> dict[str, Any]:
+    """What --config and the flags say (flags win), nested by part."""
+    values: dict[str, Any] = read_yaml(args.config) if args.config else {}
     values = merge(values, from_flags(args.settings, PretrainConfig))
     if args.data:
         values = merge(values, {"data": {"paths": args.data}})
     if args.out:
         values = merge(values, {"out": args.out})
-    return from_dict(PretrainConfig, values)
+    return values
 
 
 def run(args: argparse.Namespace) -> int:
-    config = config_from(args)
+    given = given_values(args)
+    config = from_dict(PretrainConfig, given)
     if args.print_config:
         print(to_yaml(config), end="")
         return 0
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("No run folder was given; name one with --out.")
     from llm_from_scratch.train.pretrain import pretrain
 
-    result = pretrain(config, resume=args.resume)
+    result = pretrain(config, resume=args.resume, given=given)
     if result.interrupted:
         return 0 if config.train.stop_after else 130
     if args.json:

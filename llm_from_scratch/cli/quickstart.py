@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llm_from_scratch.cli.pretrain import config_from
+from llm_from_scratch.cli.pretrain import given_values
+from llm_from_scratch.core.config import from_dict, merge
+from llm_from_scratch.core.errors import UserError
 
 EXAMPLES = """examples:
   scratchlm quickstart
@@ -55,29 +57,33 @@ def free_folder(base: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    from llm_from_scratch.core.errors import UserError
-
     if args.minutes <= 0:
         raise UserError(f"--minutes is {args.minutes}; it must be above 0.")
     if args.language == "ja" and not args.data:
         raise UserError(JA_HINT)
     from llm_from_scratch.train.quickstart import defaults, quickstart
+    from llm_from_scratch.train.settings import PretrainConfig
 
     args.out = args.out or free_folder("runs/quickstart")
+    given = given_values(args)
     base = defaults(args.language, tuple(args.data or ()))
-    config = config_from(args, base)
-    fixed = any(s.partition("=")[0] == "--train.max_steps" for s in args.settings)
-    result, figures = quickstart(config, seconds=60 * args.minutes, fixed_steps=fixed)
+    config = from_dict(PretrainConfig, merge(base, given))
+    if config.data.val_fraction == 0:
+        raise UserError("data.val_fraction is 0, but quickstart measures on text it held out.")
+    result, figures = quickstart(config, seconds=60 * args.minutes, given=given)
     if result.interrupted:
         return 0 if config.train.stop_after else 130
     if args.json:
         print(json.dumps(result.summary))
     elif figures:
-        print_report(result.folder, result.summary, figures)
+        prompt = "def read_" if not args.data else {"ja": "春の", "en": "It was "}[args.language]
+        print_report(result.folder, result.summary, figures, prompt)
     return 0
 
 
-def print_report(folder: Path, summary: dict[str, Any], figures: dict[str, float]) -> None:
+def print_report(
+    folder: Path, summary: dict[str, Any], figures: dict[str, float], prompt: str
+) -> None:
     """The comparison, some text, and what to type next."""
     samples = (folder / "samples.md").read_text(encoding="utf-8").rpartition("\n## ")[2]
     print("\nText that the model wrote:\n")
@@ -105,7 +111,7 @@ def print_report(folder: Path, summary: dict[str, Any], figures: dict[str, float
     )
     print(f"The run is in {folder}/ (loss.png, samples.md, model/, config.yaml).\n")
     print("Next:")
-    print(f"  scratchlm generate {folder} 'def read_'")
+    print(f"  scratchlm generate {folder} '{prompt}'")
     print(f"  scratchlm chat {folder}")
     print("  scratchlm chat smollm2-135m        # a real pretrained model, 98 MB, Apache-2.0")
     print("  scratchlm pretrain --data YOUR_TEXT --out runs/mine")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PYTHON = "python"  # the embedded corpus's name among --data
 DEFAULT_SIZE = 8192
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"}
 COLOURS = ("on #264653", "on #5f3b0f", "on #1f4d2b", "on #4a2545")
 
 TRAIN_EXAMPLES = """examples:
@@ -118,9 +119,12 @@ def train(args: argparse.Namespace) -> int:
     from llm_from_scratch.text.training import train_tokenizer
 
     line = LiveLine(quiet=args.json)
-    size = args.vocab_size or (DEFAULT_SIZE if args.kind == "bpe" else None)
-    texts = gather(args, line.say)
+    size = args.vocab_size
+    if size is None and args.kind == "bpe":
+        size = DEFAULT_SIZE
     out = writable_folder(args.out)  # before the work, not after it
+    refuse_foreign_files(out)
+    texts = gather(args, line.say)
     characters = sum(map(len, texts))
 
     def progress(what: str, done: int, total: int) -> None:
@@ -160,6 +164,16 @@ def train(args: argparse.Namespace) -> int:
         line.say(f"Fewer than the {size:,} asked for: the text has no more to give.")
     line.say(f"Saved in {args.out}. Look at it: scratchlm tokenizer show {args.out} TEXT")
     return 0
+
+
+def refuse_foreign_files(out: Path) -> None:
+    """A tokenizer may replace a tokenizer, but must not slip into a model or a run."""
+    names = [entry.name for entry in out.iterdir()] if out.is_dir() else []
+    if foreign := sorted(set(names) - TOKENIZER_FILES):
+        raise UserError(
+            f"The folder {out} holds '{foreign[0]}', which is no part of a tokenizer. Choose "
+            "another --out."
+        )
 
 
 def gather(args: argparse.Namespace, say: Any) -> list[str]:

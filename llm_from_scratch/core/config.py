@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import inspect
 import math
+import re
 import textwrap
 import types
 import typing
@@ -60,8 +61,11 @@ def _convert(value: Any, annotation: Any, where: str) -> Any:
             return False
         raise UserError(f"{where} is '{value}'; it must be true or false.")
     if kind is int:
+        text = str(value).replace("_", "")
+        if re.fullmatch(r"[+-]?\d{1,30}", text):
+            return int(text)  # exactly: a float holds no more than 53 bits of it
         try:
-            number = float(str(value).replace("_", ""))
+            number = float(text)
         except ValueError:
             number = math.nan
         if isinstance(value, bool) or not math.isfinite(number) or number != int(number):
@@ -99,7 +103,7 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
 
 def _suggest(path: str, cls: type, where: str) -> str:
     prefix = f"{where}." if where else ""
-    return nearest(path, [prefix + name for name in leaf_fields(cls)])
+    return nearest(path, [prefix + name for name in (*field_types(cls), *leaf_fields(cls))])
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -126,9 +130,13 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"There is no settings file {path}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The settings file {path} cannot be read: {error}.") from error
+        raise UserError(f"There is no settings file {path}; check the --config.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"The settings file {path} is not UTF-8 text; convert it.") from error
+    except OSError as error:
+        raise UserError(
+            f"The settings file {path} cannot be read ({error.strerror}); give another --config."
+        ) from error
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -203,7 +211,11 @@ def _annotation_of(cls: type, dotted: str) -> Any:
 
 def field_help(cls: type) -> dict[str, str]:
     """The string under each field of the class body: its one-line description."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):  # a class made at a prompt has no source file
+        return {}
+    body = ast.parse(textwrap.dedent(source)).body[0]
     assert isinstance(body, ast.ClassDef)
     found: dict[str, str] = {}
     for before, after in zip(body.body, body.body[1:], strict=False):
@@ -246,10 +258,43 @@ def settings_epilog(cls: type) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are sentences and in whose flags `-` and `_` mean the same."""
+    """argparse whose errors are sentences, the same under every version of Python."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Flags are written out: an abbreviation would change its meaning with the next flag.
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
+        raise UserError(f"{_reworded(message)} See {self.prog} --help.")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, surplus = super().parse_known_args(args, namespace)
+        if surplus:
+            first = str(surplus[0]).partition("=")[0]
+            if not first.startswith("-"):
+                self.error(f"'{first}' was not expected here.")
+            flags = [text for action in self._actions for text in action.option_strings]
+            self.error(f"There is no flag {first}.{nearest(first, flags)}")
+        return found, surplus
+
+
+def _reworded(message: str) -> str:
+    """argparse's messages in the words of the rest of this program."""
+    for pattern, words in (
+        (r"argument (\S+): invalid int value: (.*)", "{0} is {1}; it must be a whole number."),
+        (r"argument (\S+): invalid float value: (.*)", "{0} is {1}; it must be a number."),
+        (r"argument (\S+): expected (?:one|at least one) argument", "{0} needs a value."),
+        (r"the following arguments are required: (.*)", "Missing: {0}."),
+    ):
+        if match := re.fullmatch(pattern, message):
+            return words.format(*match.groups())
+    match = re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message)
+    if match:
+        name, value, choices = match[1], match[2], match[3].replace("'", "").split(", ")
+        must = f"it must be {', '.join(choices[:-1])} or {choices[-1]}."
+        return f"{name} is '{value}'; {must}{nearest(value, choices)}"
+    text = message[:1].upper() + message[1:]
+    return text if text.endswith((".", "?")) else f"{text}."
 
 
 def normalise_flags(arguments: list[str]) -> list[str]:

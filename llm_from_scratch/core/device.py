@@ -32,8 +32,18 @@ def pick_device(name: str = "auto") -> torch.device:
             f"There is no device '{name}'; use auto, cpu, cuda or mps.{nearest(kind, available)}"
         )
     if not available[kind]:
-        raise UserError(f"Device '{name}' is not available here; use --device auto or cpu.")
+        raise UserError(f"Device '{name}' is not available here; use auto or cpu.")
     return torch.device(name)
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """The memory that the device works in, or None where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return None
 
 
 def synchronise(device: torch.device) -> None:

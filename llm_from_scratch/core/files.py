@@ -26,7 +26,8 @@ def fsync_path(path: Path) -> None:
     """Flush a file or a folder entry to the disk; folders cannot be opened on Windows."""
     if path.is_dir() and os.name == "nt":
         return
-    handle = os.open(path, os.O_RDONLY)
+    # Windows flushes only what is open for writing.
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError:
@@ -119,13 +120,24 @@ def remove_asides(folder: Path | str) -> None:
 
 
 def writable_folder(path: Path | str) -> Path:
-    """`path` as an existing folder in which a file can be written, or a `UserError`."""
+    """`path` as a folder in which files can be written, or a `UserError`; nothing stays behind.
+
+    It need not exist yet: it is made by what is written into it, when there is something to write.
+    """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, not a folder. Choose another --out.")
-    with write_aside(path / ".writable") as file:
-        file.write("")
-    (path / ".writable").unlink(missing_ok=True)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
     return path
 
 

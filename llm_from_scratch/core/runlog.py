@@ -21,10 +21,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
+    """The content of a run folder's JSON file, or a `UserError` that names it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"There is no {path}: the run folder is incomplete. Start a new run."
+        ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or not valid JSON: {error}.") from error
+        raise UserError(
+            f"{path} is damaged and cannot be read as JSON ({error}). Start a new run."
+        ) from error
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -57,7 +57,11 @@ class SamplingSettings:
                 0.0 < self.repetition_penalty < math.inf,
                 "it must be above 0 (1 is off, 1.1 is usual)",
             ),
-            ("seed", self.seed is None or 0 <= self.seed < 2**63, "it must be 0 or more"),
+            (
+                "seed",
+                self.seed is None or 0 <= self.seed < 2**63,
+                "it must be from 0 to 2**63 - 1",
+            ),
         ):
             if not valid:
                 raise UserError(f"{name} is {getattr(self, name)}; {remedy}.")

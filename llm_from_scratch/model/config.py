@@ -72,6 +72,11 @@ class ModelConfig:
             raise UserError(
                 f"model.head_dim is {self.head_dim}; rotary positions need an even number."
             )
+        if self.rope_theta <= 0 or self.init_std <= 0:
+            raise UserError(
+                f"model.rope_theta is {self.rope_theta} and model.init_std {self.init_std}; "
+                "both must be above 0."
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"model.dropout is {self.dropout}; it must be in [0, 1).")
         for name, value, choices in (

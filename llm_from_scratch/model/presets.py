@@ -195,6 +195,8 @@ def resolve(settings: ModelSettings, vocab_size: int, seq_len: int) -> ModelConf
         init_std=settings.init_std,
         **FAMILIES[family],  # type: ignore[arg-type]
     )
-    theta = settings.rope_theta or fields.get("rope_theta", config.rope_theta)
+    theta = settings.rope_theta
+    if theta is None:
+        theta = fields.get("rope_theta", config.rope_theta)  # type: ignore[assignment]
     scaling = fields.get("rope_scaling")
     return replace(config, rope_theta=theta, rope_scaling=scaling)  # type: ignore[arg-type]

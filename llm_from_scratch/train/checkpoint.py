@@ -105,14 +105,14 @@ def load_checkpoint(
     path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]
 ) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
     """Put a checkpoint's weights and moments in place; return its counters and RNG states."""
-    state = read_json(path / "state.json")
     try:
+        state = read_json(path / "state.json")
         weights = load_file(path / "model.safetensors")
         moments = load_file(path / "optimizer.safetensors")
         rng_flat = load_file(path / "rng.safetensors")
     except Exception as error:
         raise UserError(
-            f"The checkpoint {path} is damaged: {error}. Remove it and resume."
+            f"The checkpoint {path} is damaged ({error}); remove its folder and resume."
         ) from error
     own = own_parameters(model)
     for name, parameter in own.items():

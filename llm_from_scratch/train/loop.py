@@ -81,6 +81,7 @@ class Progress:
     best_step: int = 0
     evals_without_gain: int = 0
     val_loss: float = math.nan
+    stopped_early: bool = False
     train_losses: list[float] = field(default_factory=list, repr=False)
     val_losses: list[float] = field(default_factory=list, repr=False)
 
@@ -126,7 +127,6 @@ class Loop:
         self.world: World = join_world(device)
         self.progress = Progress()
         self.interrupted = False
-        self.stopped_early = False
         self.line = LiveLine(quiet=quiet or not self.world.main)
         self.optimizers = make_optimizers(
             model,
@@ -192,8 +192,8 @@ class Loop:
         if not math.isfinite(loss) or not math.isfinite(norm.item()):
             raise RunError(
                 f"The loss is not a number at step {self.progress.step + 1} (loss {loss}, gradient "
-                f"norm {norm.item()}). {self.last_good()}Lower train.learning_rate or set "
-                "train.grad_clip."
+                f"norm {norm.item()}). {self.last_good()}Start a new run with a lower "
+                "train.learning_rate."
             )
         if self.settings.grad_clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.grad_clip, norm)
@@ -223,7 +223,7 @@ class Loop:
             self.peak_flops = gemm_rate(self.device.type, dtype)
         try:
             with catch_interrupts(self.line) as interrupted:
-                while self.progress.step < s.max_steps and not self.stopped_early:
+                while self.progress.step < s.max_steps and not self.progress.stopped_early:
                     self._step_and_report()
                     last = self.progress.step == s.max_steps
                     self._when_due(last)
@@ -237,6 +237,11 @@ class Loop:
                 self._log.close()
             self.line.end()
         return self.progress
+
+    def utilisation(self, tokens_per_second: float) -> float:
+        """MFU: the share of the processes' measured peak rate that the model's FLOPs make up."""
+        peak = self.peak_flops * self.world.size
+        return tokens_per_second * self.hooks.flops_per_token / peak
 
     def _step_and_report(self) -> None:
         synchronise(self.device)
@@ -253,7 +258,7 @@ class Loop:
         if rate:
             text += f" | {rate:,.0f} tokens/s"
         if self.peak_flops:
-            values["mfu"] = rate * self.hooks.flops_per_token / self.peak_flops
+            values["mfu"] = self.utilisation(rate)
             text += f" | MFU {values['mfu']:.0%}"
         self._seconds_here += seconds
         left = (self.settings.max_steps - p.step) * self._seconds_here / len(p.train_losses)
@@ -271,7 +276,7 @@ class Loop:
             self._evaluate_and_keep_best()
             if s.patience and self.progress.evals_without_gain >= s.patience:
                 self.line.say(f"No better validation loss for {s.patience} evaluations: stopping.")
-                self.stopped_early = True
+                self.progress.stopped_early = True
                 last = True
         if self.hooks.sample is not None and due(s.sample_every) and self.world.main:
             self.model.eval()

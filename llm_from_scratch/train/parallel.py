@@ -6,6 +6,7 @@ process and two give the same step. gloo on the CPU, nccl on CUDA.
 
 from __future__ import annotations
 
+import datetime
 import os
 from dataclasses import dataclass
 
@@ -35,7 +36,9 @@ def join_world(device: torch.device) -> World:
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # One process reads and encodes the text while the others wait, which may take long.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
     return World(dist.get_rank(), dist.get_world_size())
 
 

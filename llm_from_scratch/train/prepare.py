@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.core.runlog import LiveLine, read_json, write_json
+from llm_from_scratch.data.near_duplicates import drop_near_duplicates
 from llm_from_scratch.data.python_corpus import python_corpus
 from llm_from_scratch.data.read import Document, ReadReport, read_documents
 from llm_from_scratch.data.shards import TokenStore, write_store
@@ -51,6 +52,13 @@ def gather_documents(
         read_documents(paths, on_bad=data.on_bad, report=report, text_field=data.text_field)
     )
     say(report.summary())
+    if data.drop_duplicates:
+        documents, dropped = drop_near_duplicates(documents)
+        if dropped:
+            say(
+                f"{len(dropped):,} near-duplicates left out, e.g. {dropped[0].document.source} "
+                f"(like {dropped[0].because_of.source})."
+            )
     train, val = split_documents(documents, config.data.val_fraction, config.train.seed)
     say(f"{size_of(train)} to train on, {size_of(val)} for validation.")
     return train, val

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,19 @@ import torch
 from torch import nn
 
 from llm_from_scratch.core.config import from_dict, read_yaml, to_dict, to_yaml
-from llm_from_scratch.core.device import environment, pick_device, pick_precision
+from llm_from_scratch.core.device import (
+    environment,
+    memory_bytes,
+    pick_device,
+    pick_precision,
+)
 from llm_from_scratch.core.errors import UserError
-from llm_from_scratch.core.files import remove_asides, writable_folder, write_aside
+from llm_from_scratch.core.files import (
+    human_bytes,
+    remove_asides,
+    writable_folder,
+    write_aside,
+)
 from llm_from_scratch.core.runlog import LiveLine, plot_losses, write_json
 from llm_from_scratch.data.loader import Batch, PackedTokens, evaluation_batches
 from llm_from_scratch.evaluate.bits_per_byte import bits_per_byte, nats_of
@@ -30,11 +41,13 @@ from llm_from_scratch.model.presets import resolve
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.train.loop import Hooks, Loop
 from llm_from_scratch.train.losses import LossSum, chunked_cross_entropy_sum, cross_entropy_sum
-from llm_from_scratch.train.parallel import join_world, wait_for_all
+from llm_from_scratch.train.parallel import join_world, leave_world, wait_for_all
 from llm_from_scratch.train.prepare import PYTHON, Prepared, prepare, reopen
 from llm_from_scratch.train.settings import PretrainConfig
+from llm_from_scratch.weights.families import family_of
 from llm_from_scratch.weights.folder import load_folder, save_folder
 
+PREPARATION = ("tokenizer", "tokens", "environment.json")  # what is there before config.yaml
 IDENTITY_FREE = ("stop_after",)  # train settings that do not change what a run computes
 
 
@@ -113,7 +126,7 @@ def settle(config: PretrainConfig) -> PretrainConfig:
     """`auto` replaced by what it means here, so that config.yaml repeats the run."""
     device = pick_device(config.train.device)
     precision = pick_precision(config.train.precision, device)
-    train = dataclasses.replace(config.train, device=device.type, precision=precision)
+    train = dataclasses.replace(config.train, device=str(device), precision=precision)
     return dataclasses.replace(config, train=train)
 
 
@@ -158,9 +171,12 @@ def pretrain(
     resume: bool = False,
     quiet: bool = False,
     tune: Tune | None = None,
+    given: dict[str, Any] | None = None,
 ) -> Run:
     """Train a model from text, into the folder `config.out`.
 
+    With `resume`, config.yaml in that folder decides; what was asked for besides must not
+    contradict it: `given` (nested, as from the flags), or whatever in `config` is no default.
     Raises `UserError` before any work for settings that cannot be, `RunError` for what fails later.
     """
     line = LiveLine(quiet=quiet)
@@ -169,14 +185,14 @@ def pretrain(
     folder = Path(config.out)
     world = join_world(pick_device(config.train.device))
     if resume:
-        config = resumed_config(folder, config)
+        config = resumed_config(folder, config, given)
         prepared = reopen(folder)
     elif world.main:
         config, prepared = start(config, folder, tune, line)
         wait_for_all(world)
     else:
         wait_for_all(world)
-        config = resumed_config(folder, config)
+        config = resumed_config(folder, config, {})
         prepared = reopen(folder)
     model = build(config, prepared)
     loop = make_loop(config, prepared, model, folder, quiet)
@@ -193,6 +209,7 @@ def pretrain(
         )
         return Run(folder, config, {}, interrupted=True)
     summary = finish(config, prepared, model, loop, line) if loop.world.main else {}
+    leave_world()
     return Run(folder, config, summary)
 
 
@@ -201,18 +218,41 @@ def start(
 ) -> tuple[PretrainConfig, Prepared]:
     """A new run folder with everything that is decided before the first step."""
     refuse_used_folder(folder)
-    resolve(config.model, 256, config.data.seq_len)  # contradictions come out before the work
+    # What can be known to be wrong comes out before the work.
+    shape = resolve(config.model, config.tokenizer.vocab_size, config.data.seq_len)
     config = settle(config)
+    family_of(shape)  # what cannot be saved need not be trained
+    refuse_too_large(parameter_count(shape), memory_bytes(pick_device(config.train.device)))
+    if config.tokenizer.path is not None:
+        Tokenizer.load(Path(config.tokenizer.path))
+    fresh = not folder.exists()
     writable_folder(folder)
-    prepared = prepare(config, folder, line)
-    PackedTokens(prepared.train, config.data.seq_len, config.train.seed)  # long enough?
-    if tune is not None:
-        config = tune(config, prepared, line)
+    try:
+        prepared = prepare(config, folder, line)
+        PackedTokens(prepared.train, config.data.seq_len, config.train.seed)  # long enough?
+        if tune is not None:
+            config = tune(config, prepared, line)
+    except BaseException:  # Ctrl-C, too: nothing half-made stays behind
+        remove_preparation(folder)
+        if fresh and folder.exists():
+            folder.rmdir()
+        raise
     stored = dataclasses.replace(config.train, stop_after=None)
     write_json(folder / "environment.json", {**environment(), "data_sha256": prepared.hashes})
     with write_aside(folder / "config.yaml") as file:
         file.write(to_yaml(dataclasses.replace(config, train=stored)))
     return config, prepared
+
+
+def refuse_too_large(parameters: int, memory: int | None) -> None:
+    """Raise for a model whose weights, gradients and moments alone exceed the memory."""
+    needed = 16 * parameters  # fp32: weight, gradient, two moments
+    if memory is not None and needed > memory:
+        raise UserError(
+            f"The model has {parameters / 1e6:,.0f} M parameters; training it takes at least "
+            f"{human_bytes(needed)}, but there are {human_bytes(memory)} of memory. Choose a "
+            "smaller model.preset, model.depth or model.d_model."
+        )
 
 
 def finish(
@@ -227,15 +267,17 @@ def finish(
         "parameters": parameter_count(model.config),
         "seconds": round(p.seconds, 2),
         "tokens_per_second": round(rate, 1),
-        "mfu": round(rate * loop.hooks.flops_per_token / loop.peak_flops, 4),
+        "mfu": round(loop.utilisation(rate), 4),
     }
     if prepared.val is not None and len(prepared.val) > 1:
         seq_len = config.data.seq_len
         if config.train.keep_best and p.best_step != p.step:
+            dtype = model.compute_dtype
             model = load_folder(folder / "model")[0]  # the figures are those of what is kept
             model.to(loop.device)
+            model.compute_dtype = dtype
         nats, targets = 0.0, 0
-        stride = max(1, seq_len // 4)
+        stride = max(1, seq_len // 2)
         for part, count in nats_of(model, prepared.val, seq_len, stride):
             nats, targets = nats + part, targets + count
             line.show(f"Evaluating: {targets:,} of {len(prepared.val):,} tokens")
@@ -287,27 +329,51 @@ def refuse_used_folder(folder: Path) -> None:
     """A run folder with something in it is never written over."""
     if (folder / "config.yaml").exists():
         raise UserError(
-            f"{folder} already holds a run. Go on with it by --resume, or choose another --out."
+            f"{folder} already holds a run. Choose another --out, or go on with it: "
+            f"scratchlm pretrain --out {folder} --resume"
         )
-    if folder.is_dir() and any(folder.iterdir()):
+    if not folder.is_dir():
+        return
+    remove_asides(folder)
+    if {entry.name for entry in folder.iterdir()} <= set(PREPARATION):
+        remove_preparation(folder)  # a run that was killed before its first step
+    if any(folder.iterdir()):
         raise UserError(f"The folder {folder} is not empty. Choose another --out.")
 
 
-def resumed_config(folder: Path, given: PretrainConfig) -> PretrainConfig:
+def remove_preparation(folder: Path) -> None:
+    """Take away what `start` writes before config.yaml."""
+    for name in PREPARATION:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def resumed_config(
+    folder: Path, config: PretrainConfig, given: dict[str, Any] | None
+) -> PretrainConfig:
     """The saved settings; a given one that contradicts them is refused by name."""
     path = folder / "config.yaml"
     if not path.is_file():
-        raise UserError(f"{folder} holds no run to resume: there is no {path}.")
+        raise UserError(
+            f"{folder} holds no run to resume: there is no {path}. Check --out, or start a run "
+            "without --resume."
+        )
     saved = from_dict(PretrainConfig, read_yaml(path))
-    was, now, usual = (flatten(to_dict(c)) for c in (saved, given, PretrainConfig()))
-    for name, value in now.items():
-        free = name == "out" or name.removeprefix("train.") in IDENTITY_FREE
-        if not free and value not in (usual[name], was[name]):
+    was, now, usual = (flatten(to_dict(c)) for c in (saved, config, PretrainConfig()))
+    asked = set(flatten(given)) if given is not None else {n for n in now if now[n] != usual[n]}
+    for name in sorted(asked):
+        value = now[name]
+        settled = value == "auto" and name in ("train.device", "train.precision")
+        free = name == "out" or name.removeprefix("train.") in IDENTITY_FREE or settled
+        if not free and value != was[name]:
             raise UserError(
                 f"--{name} is {value}, but the run in {folder} was started with {was[name]}. "
                 "Leave the flag out to resume, or start a new run."
             )
-    train = dataclasses.replace(saved.train, stop_after=given.train.stop_after)
+    train = dataclasses.replace(saved.train, stop_after=config.train.stop_after)
     return dataclasses.replace(saved, out=str(folder), train=train)
 
 

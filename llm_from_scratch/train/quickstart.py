@@ -63,17 +63,22 @@ def steps_that_fit(config: PretrainConfig, prepared: Prepared, seconds: float) -
 
 
 def quickstart(
-    config: PretrainConfig, *, seconds: float = SECONDS, quiet: bool = False, fixed_steps: bool
+    config: PretrainConfig,
+    *,
+    seconds: float = SECONDS,
+    quiet: bool = False,
+    given: dict[str, Any] | None = None,
 ) -> tuple[Run, dict[str, float]]:
     """Train within `seconds` and measure; returns the run and all bits-per-byte figures.
 
-    With `fixed_steps`, train.max_steps stands; otherwise a speed probe sets it, and config.yaml
-    says what it became.
+    `given` are the settings that were asked for (nested): they stand. Without train.max_steps a
+    speed probe sets it, and config.yaml says what it became.
     """
+    asked = given or {}
     began = time.monotonic()
 
     def tune(config: PretrainConfig, prepared: Prepared, line: LiveLine) -> PretrainConfig:
-        if fixed_steps:
+        if "max_steps" in asked.get("train", {}):
             return config
         left = seconds - AFTERWARDS - (time.monotonic() - began)
         steps, step_s = steps_that_fit(config, prepared, 0.95 * max(left, 1.0))
@@ -90,7 +95,7 @@ def quickstart(
             eval_every=max(1, steps // 4),
         )
         model = config.model
-        if steps > 1.5 * epoch:
+        if steps > 1.5 * epoch and "dropout" not in asked.get("model", {}):
             model = dataclasses.replace(model, dropout=0.1)
         return dataclasses.replace(config, train=train, model=model)
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.core.errors import UserError, nearest
 from llm_from_scratch.model.presets import ModelSettings
+
+SCHEDULES = ("wsd", "cosine", "constant")
+OPTIMIZERS = ("muon", "adamw")
+PRECISIONS = ("auto", "bf16", "fp32")
+TOKENIZERS = ("bpe", "char")
 
 
 @dataclass(frozen=True)
@@ -66,25 +71,43 @@ class TrainSettings:
     """Stop after this step as if interrupted; --resume goes on."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in (
+            "max_steps", "batch_size", "keep_checkpoints", "eval_tokens", "micro_batch_size",
+            "stop_after",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"train.{name} is {value}; it must be at least 1.")
+        for name, choices in (
+            ("schedule", SCHEDULES),
+            ("optimizer", OPTIMIZERS),
+            ("precision", PRECISIONS),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(
+                    f"train.{name} is '{value}'; it must be one of {', '.join(choices)}."
+                    + nearest(value, choices)
+                )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"train.{name} is {getattr(self, name)}; it must be in [0, 1).")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"train.seed is {self.seed}; it must be from 0 to 2^63 - 1.")
         for name in (
             "warmup_steps", "eval_every", "sample_every", "checkpoint_every", "patience",
             "weight_decay", "grad_clip", "min_learning_rate",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must not be negative.")
-        if self.learning_rate <= 0:
-            raise UserError(f"train.learning_rate is {self.learning_rate}; it must be above 0.")
+        for name in ("learning_rate", "muon_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"train.{name} is {value}; it must be above 0.")
         if self.min_learning_rate > self.learning_rate:
             raise UserError(
                 f"train.min_learning_rate ({self.min_learning_rate}) is above train.learning_rate "
-                f"({self.learning_rate})."
-            )
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise UserError(
-                f"train.micro_batch_size is {self.micro_batch_size}; it must be at least 1."
+                f"({self.learning_rate}); lower the first or raise the second."
             )
         if not 0 < self.decay_share <= 1:
             raise UserError(f"train.decay_share is {self.decay_share}; it must be in (0, 1].")
@@ -101,6 +124,19 @@ class TokenizerSettings:
     path: str | None = None
     """A tokenizer or model folder to use instead of training one."""
 
+    def __post_init__(self) -> None:
+        if self.kind not in TOKENIZERS:
+            raise UserError(
+                f"tokenizer.kind is '{self.kind}'; it must be one of {', '.join(TOKENIZERS)}."
+                + nearest(self.kind, TOKENIZERS)
+            )
+        least = 256 + 1  # the bytes and <|endoftext|>
+        if self.kind == "bpe" and self.path is None and self.vocab_size < least:
+            raise UserError(
+                f"tokenizer.vocab_size is {self.vocab_size}; it must be at least {least}: the 256 "
+                "bytes and <|endoftext|>."
+            )
+
 
 @dataclass(frozen=True)
 class DataSettings:
@@ -114,6 +150,8 @@ class DataSettings:
     """Tokens per training sequence."""
     val_fraction: float = 0.05
     """Share of the text kept for validation, in whole documents."""
+    drop_duplicates: bool = True
+    """Leave out near-duplicates before the split, so that validation text is new text."""
     text_field: str = "text"
     """Which field of .jsonl, .csv, .tsv and .parquet rows holds the text."""
     on_bad: str = "skip"

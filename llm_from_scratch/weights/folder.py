@@ -104,7 +104,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 "when it is opened; take the model's safetensors version instead (in a place you "
                 "can lose, `save_pretrained` of transformers writes one)."
             )
-    raise UserError(f"{folder} has no {WEIGHTS}; the model folder is incomplete.")
+    raise UserError(f"{folder} has no {WEIGHTS}; the model folder is incomplete, copy it anew.")
 
 
 def _their_names(family: Family, stored: Iterable[str]) -> dict[str, str]:
@@ -145,7 +145,7 @@ def _check(
         if found != shape:
             raise UserError(
                 f"{where}: tensor '{entry.theirs}' has the shape {found}, but config.json means "
-                f"{shape}."
+                f"{shape}; its config.json belongs to another model."
             )
 
 

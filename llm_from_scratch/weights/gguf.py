@@ -115,10 +115,14 @@ class GGUF:
         except FileNotFoundError:
             raise UserError(f"There is no file {self.path}.") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path} cannot be read as GGUF: {error}.") from error
+            raise UserError(
+                f"{self.path} cannot be read as GGUF ({error}); download it anew."
+            ) from error
         cursor = Cursor(self.data, self.path)
         if len(self.data) < 24 or bytes(cursor.take(4)) != b"GGUF":
-            raise UserError(f"{self.path} is not a GGUF file (it does not begin with 'GGUF').")
+            raise UserError(
+                f"{self.path} is not a GGUF file (it does not begin with 'GGUF'); download it anew."
+            )
         self.version = int(cursor.number("<I"))
         if self.version not in (2, 3):
             raise UserError(

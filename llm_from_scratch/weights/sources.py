@@ -218,7 +218,7 @@ def load(
         return (decoder if wanted is None else decoder.to(wanted)), own
     decoder, tokenizer = load_folder(path, wanted, where)
     if tokenizer is None:
-        raise UserError(f"{path} has no tokenizer.json, so text cannot be turned into tokens.")
+        raise UserError(f"{path} has no tokenizer.json; copy it from where the model came from.")
     stored = decoder.embedding.weight.dtype
     slow = stored == torch.float16 or (stored == torch.bfloat16 and not computes_bf16(where))
     if wanted is None and where.type == "cpu" and slow:

@@ -157,7 +157,7 @@ def test_early_stop_keeps_the_best_model() -> None:
         hooks=Hooks(val_batches=lambda: [noise], save_best=lambda model: saved.append(1)),
     )  # fmt: skip
     progress = loop.train()
-    assert loop.stopped_early
+    assert progress.stopped_early
     assert progress.step < 200
     assert progress.val_losses[progress.best_step // 5 - 1] == progress.best_val_loss
     assert min(progress.val_losses) == progress.best_val_loss

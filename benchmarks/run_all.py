@@ -1,0 +1,23 @@
+"""Every benchmark, one after the other, each into its JSON under benchmarks/results/."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+NAMES = ("bpe_training", "first_token", "train_speed", "tinyshakespeare", "quickstart", "tables")
+
+
+def main() -> None:
+    folder = Path(__file__).resolve().parent
+    failed = []
+    for name in NAMES:
+        print(f"\n== {name}\n", flush=True)
+        if subprocess.run([sys.executable, str(folder / f"{name}.py")]).returncode:
+            failed.append(name)
+    sys.exit(f"Failed: {', '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

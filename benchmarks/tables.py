@@ -1,0 +1,183 @@
+"""Writes the figures of benchmarks/results/*.json into the pages, between their markers.
+
+A place is `<!-- figures:NAME -->`; everything up to the next `<!-- /figures -->` is replaced. With
+`--check` nothing is written, and a page that does not show the committed figures is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PLACE = re.compile(r"<!-- figures:(\w+) -->(?:.*?<!-- /figures -->)?", re.S)
+Row = dict[str, Any]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def machine(data: Row, ja: bool) -> str:
+    e = data["environment"]
+    made = data["commit"][:10]
+    torch = e["versions"]["torch"]
+    where = f"{e['processor']}, {e['cores']} cores, Python {e['python']}, torch {torch}"
+    if ja:
+        return f"測定環境: {where}。コミット `{made}`、{data['date']}。再測定: `{data['command']}`"
+    return f"Measured on {where}; commit `{made}`, {data['date']}. Again: `{data['command']}`"
+
+
+def quickstart(data: Row, ja: bool) -> str:
+    row = data["results"]["runs"][0]
+    names = {
+        "bits_per_byte": "このモデル" if ja else "this model",
+        "gzip_bits_per_byte": "gzip -9",
+        "bz2_bits_per_byte": "bz2 -9",
+        "xz_bits_per_byte": "xz -9e",
+        "xz_primed_bits_per_byte": "xz -9e（学習テキストを先に読ませた場合）"
+        if ja
+        else "xz -9e, primed with the training text",
+    }
+    head = ["取り分けたテキスト", "ビット／バイト"] if ja else ["held-out text", "bits per byte"]
+    rows = [[text, f"{row[name]:.3f}"] for name, text in names.items()]
+    size, steps, wall = row["parameters"] / 1e6, row["steps"], row["wall_seconds"]
+    tokens, speed = row["tokens"] / 1e6, row["tokens_per_second"]
+    if ja:
+        text = (
+            f"{size:.2f} M パラメータ、{steps:,} ステップ、{tokens:.2f} M トークン、"
+            f"{speed:,.0f} トークン／秒（MFU {row['mfu']:.0%}）。コマンド全体で {wall:.0f} 秒。"
+        )
+    else:
+        text = (
+            f"{size:.2f} M parameters, {steps:,} steps, {tokens:.2f} M tokens, {speed:,.0f} "
+            f"tokens/s (MFU {row['mfu']:.0%}); {wall:.0f} s for the whole command."
+        )
+    return f"{table(head, rows)}\n\n{text}\n{machine(data, ja)}"
+
+
+def train_speed(data: Row, ja: bool) -> str:
+    head = (
+        [
+            "パラメータ",
+            "スレッド",
+            "transformers fp32",
+            "本プロジェクト fp32",
+            "本プロジェクト bf16",
+        ]
+        if ja
+        else ["parameters", "threads", "transformers fp32", "ours fp32", "ours bf16"]
+    )
+    rows = []
+    for r in data["results"]["speed"]:
+        cells = [f"{r['parameters'] / 1e6:.2f} M", str(r["threads"])]
+        for name in ("transformers fp32", "ours fp32", "ours bf16"):
+            cells.append(f"{r['tokens_per_second'][name]:,.0f} ({r['ratio'][name]:.2f}x)")
+        rows.append(cells)
+    lines = [table(head, rows), ""]
+    for r in data["results"]["loss_after_200"]:
+        values = ", ".join(f"{n} {v:.4f}" for n, v in r["loss"].items())
+        lines.append(
+            f"{r['size']}: 同じ {r['steps']} バッチの後の損失は {values}。"
+            if ja
+            else f"{r['size']}: loss after {r['steps']} equal batches: {values}."
+        )
+    peer = f"transformers {data['peers']['transformers']}"
+    note = (
+        f"比較相手: {peer}、バッチは 8×256 と 12×64。"
+        if ja
+        else f"Peer: {peer}; batches of 8x256 and 12x64."
+    )
+    return "\n".join([*lines, "", f"{note} {machine(data, ja)}"])
+
+
+def tinyshakespeare(data: Row, ja: bool) -> str:
+    runs = data["results"]["runs"]
+    head = (
+        ["シード", "損失（末尾 10 %）", "transformers で計算", "パラメータ", "秒"]
+        if ja
+        else ["seed", "loss on the last 10 %", "by transformers", "parameters", "seconds"]
+    )
+    rows = [
+        [
+            str(r["seed"]), f"{r['val_loss']:.4f}", f"{r['val_loss_by_transformers']:.4f}",
+            f"{r['parameters']:,}", f"{r['seconds']:.0f}",
+        ]
+        for r in runs
+    ]  # fmt: skip
+    mean = data["results"]["mean_val_loss"]
+    text = f"Mean of {len(runs)} seeds: **{mean:.4f}** nats per character (nanoGPT on CPU: 1.88)."
+    if ja:
+        text = f"{len(runs)} シードの平均は **{mean:.4f}** nats／文字です"
+        text += "（nanoGPT の CPU 用設定は 1.88）。"
+    return f"{table(head, rows)}\n\n{text}\n{machine(data, ja)}"
+
+
+def bpe(data: Row, ja: bool) -> str:
+    head = (
+        ["コーパス", "本実装（秒）", "tokenizers（秒）", "比"]
+        if ja
+        else ["corpus", "ours, s", "tokenizers, s", "ratio"]
+    )
+    rows = []
+    for name, r in data["results"]["corpora"].items():
+        ours, theirs = r["median_seconds"]["ours"], r["median_seconds"]["tokenizers"]
+        rows.append([name, f"{ours:.2f}", f"{theirs:.2f}", f"{ours / theirs:.2f}x"])
+    return f"{table(head, rows)}\n\n{machine(data, ja)}"
+
+
+def first_token(data: Row, ja: bool) -> str:
+    head = (
+        ["スレッド", "最初のトークンまで（秒）"] if ja else ["threads", "command to first token, s"]
+    )
+    rows = [[t, f"{s:.2f}"] for t, s in data["results"]["seconds"].items()]
+    answer = data["results"]["answer"].strip()
+    said = f"答え: 「{answer}」" if ja else f'It answers: "{answer}"'
+    return f"{table(head, rows)}\n\n{said}\n{machine(data, ja)}"
+
+
+MAKERS: dict[str, tuple[str, Callable[[Row, bool], str]]] = {
+    "quickstart": ("quickstart", quickstart),
+    "train_speed": ("train_speed", train_speed),
+    "tinyshakespeare": ("tinyshakespeare", tinyshakespeare),
+    "bpe": ("bpe_training", bpe),
+    "first_token": ("first_token", first_token),
+}
+
+
+def filled(text: str, ja: bool) -> str:
+    def replace(match: re.Match[str]) -> str:
+        name = match[1]
+        file, make = MAKERS[name]
+        path = RESULTS / f"{file}.json"
+        if not path.is_file():
+            return match[0]
+        body = make(json.loads(path.read_text(encoding="utf-8")), ja)
+        return f"<!-- figures:{name} -->\n{body}\n<!-- /figures -->"
+
+    return PLACE.sub(replace, text)
+
+
+def main() -> None:
+    check, wrong = "--check" in sys.argv, []
+    pages = [ROOT / "README.md", ROOT / "README.ja.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    for page in pages:
+        old = page.read_text(encoding="utf-8")
+        new = filled(old, page.name == "README.ja.md" or page.parent.name == "ja")
+        if new != old:
+            wrong.append(str(page.relative_to(ROOT)))
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    if check and wrong:
+        sys.exit(f"These pages do not show the committed figures: {', '.join(wrong)}.")
+    print(f"{len(wrong)} pages {'differ' if check else 'written'}")
+
+
+if __name__ == "__main__":
+    main()
