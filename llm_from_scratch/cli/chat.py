@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from llm_from_scratch.cli.generate import (
@@ -24,7 +26,7 @@ examples:
   scratchlm chat smollm2-135m
   scratchlm chat runs/quickstart --temperature 0.5
   scratchlm chat model/ --system "Answer in one sentence." --max_new_tokens 400
-  printf 'Hello!\\nWhat can you do?\\n' | scratchlm chat smollm2-135m
+  printf 'Hello!\\nWhat can you do?\\n' | scratchlm chat smollm2-135m --json
 """
 
 COMMANDS = {
@@ -47,6 +49,9 @@ def add_parser(subparsers: Any) -> None:
     add_model_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
     add_sampling_arguments(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="print each answer as one JSON object, a line each"
+    )
     parser.set_defaults(max_new_tokens=512)
 
 
@@ -68,12 +73,13 @@ def run(args: argparse.Namespace) -> int:
         f"{weight.device.type}, context {model.config.max_seq_len:,} tokens. /help lists the "
         "commands."
     )
-    talk(Conversation(model, tokenizer, settings, system=args.system))
+    conversation = Conversation(model, tokenizer, settings, system=args.system)
+    talk(conversation, reply_json if args.json else reply)
     return 0
 
 
-def talk(conversation: Conversation) -> None:
-    """Read messages and commands until the input ends."""
+def talk(conversation: Conversation, reply: Callable[[Conversation, str], None]) -> None:
+    """Read messages and commands until the input ends; `reply` answers a message."""
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
@@ -120,6 +126,21 @@ def reply(conversation: Conversation, message: str) -> None:
         return
     if conversation.result and conversation.result.finish_reason == "length":
         note("(The answer was cut off: --max_new_tokens or the context was used up.)")
+
+
+def reply_json(conversation: Conversation, message: str) -> None:
+    """Print the message and the whole answer as one line of JSON."""
+    row: dict[str, Any] = {"message": message}
+    try:
+        row["answer"] = "".join(conversation.ask(message))
+        if (result := conversation.result) is not None:
+            row["finish_reason"] = result.finish_reason
+            row["prompt_tokens"] = result.prompt_tokens
+            row["new_tokens"] = len(result.tokens)
+            row["tokens_per_second"] = result.tokens_per_second
+    except UserError as error:
+        row["error"] = str(error)
+    print(json.dumps(row, ensure_ascii=False), flush=True)
 
 
 def obey(conversation: Conversation, line: str) -> bool:

@@ -31,6 +31,7 @@ SHOW_EXAMPLES = """examples:
   scratchlm tokenizer show smollm2-135m "吾輩は猫である。"
   scratchlm tokenizer show runs/quickstart - < README.md
   scratchlm tokenizer show tokenizers/ja "名前はまだ無い。" --json
+  scratchlm tokenizer show smollm2-135m --chat conversation.json
 """
 
 
@@ -100,7 +101,12 @@ def _add_show(parts: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     show.add_argument("model", metavar="MODEL", help="a tokenizer folder or any MODEL")
-    show.add_argument("text", metavar="TEXT", help="the text; - reads standard input")
+    show.add_argument(
+        "text", metavar="TEXT", nargs="?", default="", help="the text; - reads standard input"
+    )
+    show.add_argument(
+        "--chat", metavar="FILE", help="a conversation instead: JSON, a list of messages"
+    )
     show.add_argument(
         "--with_special", action="store_true", help="text such as <|endoftext|> is a special token"
     )
@@ -214,6 +220,8 @@ def load_tokenizer(model: str) -> Tokenizer:
 def show(args: argparse.Namespace) -> int:
     """Print the tokens of a text."""
     tokenizer = load_tokenizer(args.model)
+    if args.chat is not None:
+        return show_conversation(tokenizer, args.chat, as_json=args.json)
     text = sys.stdin.read() if args.text == "-" else args.text
     if not text:
         raise UserError("There is no text to show: give some after MODEL.")
@@ -242,4 +250,26 @@ def show(args: argparse.Namespace) -> int:
         f"{len(ids):,} tokens, {len(text):,} characters, {size:,} bytes: "
         f"{size / max(len(ids), 1):.2f} bytes per token."
     )
+    return 0
+
+
+def show_conversation(tokenizer: Tokenizer, file: str, *, as_json: bool) -> int:
+    """Print a conversation through the chat template, and on which tokens training has a loss."""
+    from llm_from_scratch.text.chat import encode_chat, mask_pieces, show_mask
+
+    try:
+        messages = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}.") from error
+    if isinstance(messages, dict):  # a line of a `messages` data set
+        messages = messages.get("messages")
+    if not isinstance(messages, list):
+        raise UserError(f'{file} must hold a list such as [{{"role": "user", "content": "Hi"}}].')
+    tokens = encode_chat(tokenizer, messages)
+    if as_json:
+        print(json.dumps({"tokens": mask_pieces(tokenizer, tokens)}, ensure_ascii=False))
+        return 0
+    print(show_mask(tokenizer, tokens, color=sys.stdout.isatty()))
+    learned = sum(tokens.mask)
+    print(f"{len(tokens.ids):,} tokens, {learned:,} of them learned (green, or in [[ ]]).")
     return 0

@@ -20,6 +20,7 @@ from typing import IO, Any
 from llm_from_scratch.core.errors import RunError, UserError
 
 ASIDE = ".aside-"  # the prefix of everything that is not yet in place
+OLD = ".old-"  # between the name of a folder that is being replaced and the process that does it
 
 
 def fsync_path(path: Path) -> None:
@@ -98,7 +99,7 @@ def folder_aside(path: Path | str) -> Iterator[Path]:
         aside.chmod(0o755)
         old = None
         if path.exists():
-            old = path.with_name(f"{ASIDE}{path.name}.old-{os.getpid()}")
+            old = path.with_name(f"{ASIDE}{path.name}{OLD}{os.getpid()}")
             path.replace(old)
         aside.replace(path)
         fsync_path(path.parent)
@@ -111,9 +112,15 @@ def folder_aside(path: Path | str) -> Iterator[Path]:
 
 
 def remove_asides(folder: Path | str) -> None:
-    """Delete what an earlier, killed process left unfinished in `folder`."""
+    """Delete what an earlier, killed process left unfinished in `folder`.
+
+    Of a folder that was moved aside and whose successor never came, the old one is put back.
+    """
     for entry in Path(folder).glob(ASIDE + "*"):
-        if entry.is_dir():
+        name, replaced, _ = entry.name.removeprefix(ASIDE).rpartition(OLD)
+        if replaced and not entry.with_name(name).exists():
+            entry.replace(entry.with_name(name))
+        elif entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)

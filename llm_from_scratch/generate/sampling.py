@@ -60,7 +60,7 @@ class SamplingSettings:
             (
                 "seed",
                 self.seed is None or 0 <= self.seed < 2**63,
-                "it must be from 0 to 2**63 - 1",
+                "it must be from 0 to 2^63 - 1",
             ),
         ):
             if not valid:

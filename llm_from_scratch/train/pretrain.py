@@ -185,6 +185,8 @@ def pretrain(
     folder = Path(config.out)
     world = join_world(pick_device(config.train.device))
     if resume:
+        if world.main and folder.is_dir():
+            remove_asides(folder)
         config = resumed_config(folder, config, given)
         prepared = reopen(folder)
     elif world.main:

@@ -10,7 +10,9 @@ import pytest
 
 from llm_from_scratch.cli.main import run
 from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.text.chat_template import CHATML
 from llm_from_scratch.text.tokenizer import Tokenizer
+from llm_from_scratch.text.training import train_tokenizer
 
 TEXT = "The cat sat on the mat. The cats sat.\n吾輩は猫である。\n" * 20
 
@@ -97,10 +99,10 @@ def test_show_reads_standard_input_and_run_folders(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["tokenizer"], "required: train|show"),
-        (["tokenizer", "train", "--data", "x"], "required: --out"),
+        (["tokenizer"], "Missing: train|show"),
+        (["tokenizer", "train", "--data", "x"], "Missing: --out"),
         (["tokenizer", "train", "--data", "nowhere", "--out", "o"], "nowhere does not exist"),
-        (["tokenizer", "train", "--data", ".", "--out", "o", "--kind", "word"], "invalid choice"),
+        (["tokenizer", "train", "--data", ".", "--out", "o", "--kind", "word"], "it must be bpe or char"),
         (["tokenizer", "show", "nowhere", "text"], "no model 'nowhere'"),
     ],
 )
@@ -116,3 +118,25 @@ def test_nothing_to_show(corpus: Path):
     train(corpus)
     with pytest.raises(UserError, match="no text to show"):
         run(["tokenizer", "show", str(corpus.parent / "out"), ""])
+
+
+def test_a_conversation_shows_what_is_learned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = train_tokenizer(
+        ["hello world " * 9], vocab_size=280, special=["<|im_start|>", "<|im_end|>"]
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save(tmp_path / "t")
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]
+    file = tmp_path / "chat.json"
+    file.write_text(json.dumps({"messages": messages}), encoding="utf-8")
+    assert run(["tokenizer", "show", str(tmp_path / "t"), "--chat", str(file)]) == 0
+    assert "[[world<|im_end|>" in capsys.readouterr().out
+    assert run(["tokenizer", "show", str(tmp_path / "t"), "--chat", str(file), "--json"]) == 0
+    tokens = json.loads(capsys.readouterr().out)["tokens"]
+    learned = "".join(t["text"] for t in tokens if t["loss"])
+    assert learned.startswith("world<|im_end|>")
+    file.write_text('"text"')
+    with pytest.raises(UserError, match="must hold a list"):
+        run(["tokenizer", "show", str(tmp_path / "t"), "--chat", str(file)])

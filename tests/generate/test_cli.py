@@ -98,7 +98,7 @@ def test_a_base_model_says_that_it_is_one(folder: str, capsys: pytest.CaptureFix
     ("arguments", "sentence"),
     [
         (["--temperature", "-1"], "temperature is -1"),
-        (["--temperature", "warm"], "invalid float value: 'warm'"),
+        (["--temperature", "warm"], "temperature is 'warm'; it must be a number"),
         (["--top_p", "0"], "top_p is 0"),
         (["--top_k", "-5"], "top_k is -5"),
         (["--min_p", "3"], "min_p is 3"),
@@ -191,6 +191,17 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
     captured = capsys.readouterr()
     assert captured.out == "some\nsome\n"
     assert captured.err.count("(stopped)") == 2
+
+
+def test_json_answers_one_line_each(
+    chat_folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert chat(monkeypatch, chat_folder, "hello\nonce\n" + "x" * 500 + "\n", "--json") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["message"] for row in rows[:2]] == ["hello", "once"]
+    assert all(row["finish_reason"] in ("stop", "length") for row in rows[:2])
+    assert "answer" in rows[0]
+    assert "context" in rows[2]["error"]
 
 
 def test_help_has_examples_and_loads_nothing() -> None:
