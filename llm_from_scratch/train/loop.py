@@ -14,6 +14,7 @@ that a resumed run repeats the uninterrupted one bit for bit.
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import threading
 import time
@@ -138,7 +139,7 @@ class Loop:
             muon_dtype=getattr(model, "compute_dtype", None) or torch.float32,
         )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self._run_step = torch.compile(method.step) if settings.compile else method.step
+        self._run_step = compiled(method, device, self.line) if settings.compile else method.step
         self._log: RunLog | None = None
         self.peak_flops = 0.0
         self._seconds_here = 0.0  # without those of the processes that this one resumes
@@ -166,7 +167,7 @@ class Loop:
             batch = self.source.batch(first + offset, min(micro, mine - offset))
             result = self._run_step(self.model, to_device(batch, self.device))
             result.loss_sum.backward()
-            sums += torch.tensor([result.loss_sum.item(), result.count], dtype=torch.float64)
+            sums += torch.tensor([result.loss_sum.item(), float(result.count)], dtype=torch.float64)
             for name, value in result.metrics.items():
                 metrics[name] = metrics.get(name, torch.zeros(())) + value.detach().cpu()
         for parameter in self.parameters:
@@ -314,7 +315,9 @@ class Loop:
         for number, batch in enumerate(self.hooks.val_batches()):
             if number % self.world.size == self.world.rank:
                 result = self.method.step(self.model, to_device(batch, self.device))
-                sums += torch.tensor([result.loss_sum.item(), result.count], dtype=torch.float64)
+                sums += torch.tensor(
+                    [result.loss_sum.item(), float(result.count)], dtype=torch.float64
+                )
         add_up([sums], self.world)
         self.model.train()
         return (sums[0] / sums[1]).item() if sums[1] else math.inf
@@ -356,6 +359,18 @@ class Loop:
     def last_good(self) -> str:
         found = step_folders(self.folder / "checkpoints") if self.folder else []
         return f"The last good checkpoint is {found[-1][1]}. " if found else ""
+
+
+def compiled(
+    method: Method, device: torch.device, line: LiveLine
+) -> Callable[[nn.Module, Any], LossSum]:
+    """The method's step through torch.compile, or as it is where that cannot work."""
+    if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        line.say(
+            "train.compile needs a C++ compiler on the CPU; without one the steps run as usual."
+        )
+        return method.step
+    return torch.compile(method.step)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

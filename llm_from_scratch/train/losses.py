@@ -18,10 +18,13 @@ IGNORE = -100  # a target without a loss
 
 @dataclass
 class LossSum:
-    """The loss summed over `count` targets, and further sums to be divided by the same count."""
+    """The loss summed over `count` targets, and further sums to be divided by the same count.
+
+    `count` is a number or a tensor with one; a tensor spares the device a stop per micro-batch.
+    """
 
     loss_sum: Tensor
-    count: int
+    count: int | Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -61,7 +61,7 @@ class NextToken:
     def step(self, model: nn.Module, batch: Batch) -> LossSum:
         assert isinstance(model, Decoder)
         hidden = model.hidden(batch.tokens, document_ids_bt=batch.document_ids)
-        count = int((batch.targets != -100).sum())
+        count = (batch.targets != -100).sum()
         if model.config.vocab_size > 1024 and model.training:
             weight = model.head.weight
             return LossSum(chunked_cross_entropy_sum(hidden, weight, batch.targets), count)

@@ -27,9 +27,9 @@ def defaults(language: str, paths: tuple[str, ...]) -> dict[str, Any]:
     return {
         "data": {"paths": paths or (PYTHON,), "language": language, "seq_len": 256},
         "tokenizer": {"vocab_size": 4096 if language == "en" else 6144},
-        "model": {"family": "qwen3", "d_model": 256, "n_layers": 4, "n_heads": 4},
+        "model": {"family": "qwen3", "d_model": 192, "n_layers": 4, "n_heads": 3},
         "train": {
-            "batch_size": 16,
+            "batch_size": 8,
             "learning_rate": 6e-3,
             "warmup_steps": 40,
             "schedule": "wsd",

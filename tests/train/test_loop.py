@@ -219,3 +219,27 @@ def test_character_run_is_saved_without_unused_entries(tmp_path: Path) -> None:
     _, tokenizer = load_folder(run.folder / "model")
     assert tokenizer is not None
     assert tokenizer.vocab_size == len(set(text(800)))
+
+
+def test_compile_without_a_compiler_says_so_and_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    settings = TrainSettings(batch_size=4, max_steps=1, compile=True)
+    loop = Loop(tiny_model(), NextToken(), RaggedSource(), settings, device=torch.device("cpu"))
+    loop.train()
+    assert "needs a C++ compiler" in capsys.readouterr().err
+    assert loop.progress.step == 1
+
+
+@pytest.mark.full
+def test_compiled_steps_learn_what_plain_steps_learn() -> None:
+    losses = []
+    for compile_it in (False, True):
+        settings = TrainSettings(batch_size=4, max_steps=5, compile=compile_it, warmup_steps=0)
+        loop = Loop(
+            tiny_model(), NextToken(), RaggedSource(), settings,
+            device=torch.device("cpu"), quiet=True,
+        )  # fmt: skip
+        losses.append(loop.train().train_losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
