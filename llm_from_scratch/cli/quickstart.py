@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--language", choices=("en", "ja"), default="en", help="default en")
     parser.add_argument("--out", metavar="DIR", default=None, help="default runs/quickstart")
     parser.add_argument(
-        "--minutes", type=float, default=3.75, help="time for everything, default 3.75"
+        "--minutes", type=float, default=3.6, help="time for everything, default 3.6"
     )
     parser.add_argument("--config", metavar="FILE", help="settings as YAML; flags win over it")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")

@@ -149,9 +149,9 @@ def plot_losses(folder: Path, title: str) -> Path:
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="#9db8d9", linewidth=0.6, label="training, each step")
-        smooth, mean = [], losses[0]
-        for loss in losses:
-            mean += (loss - mean) * 2 / (min(len(losses), 50) + 1)
+        smooth, mean = [], 0.0
+        for number, loss in enumerate(losses):  # a plain mean at first, then over about 50 steps
+            mean += (loss - mean) / min(number + 1, 25)
             smooth.append(mean)
         axes.plot(steps, smooth, color="#1f4e8c", linewidth=1.8, label="training, smoothed")
     if val:

@@ -15,7 +15,7 @@ from llm_from_scratch.train.prepare import PYTHON, Prepared, gather_documents
 from llm_from_scratch.train.pretrain import Run, build, make_loop, pretrain
 from llm_from_scratch.train.settings import PretrainConfig
 
-SECONDS = 225.0  # what the whole quickstart may take
+SECONDS = 216.0  # what the whole quickstart may take
 AFTERWARDS = 30.0  # of which for evaluation, compressors, samples and picture
 PROBE_STEPS = 4
 MOST_EPOCHS = 6  # more passes over a small text would learn it by heart
@@ -92,7 +92,7 @@ def quickstart(
             config.train,
             max_steps=steps,
             warmup_steps=min(config.train.warmup_steps, max(1, steps // 10)),
-            eval_every=max(1, steps // 4),
+            eval_every=-(-steps // 4),
         )
         model = config.model
         if steps > 1.5 * epoch and "dropout" not in asked.get("model", {}):

@@ -102,7 +102,10 @@ def test_show_reads_standard_input_and_run_folders(
         (["tokenizer"], "Missing: train|show"),
         (["tokenizer", "train", "--data", "x"], "Missing: --out"),
         (["tokenizer", "train", "--data", "nowhere", "--out", "o"], "nowhere does not exist"),
-        (["tokenizer", "train", "--data", ".", "--out", "o", "--kind", "word"], "it must be bpe or char"),
+        (
+            ["tokenizer", "train", "--data", ".", "--out", "o", "--kind", "word"],
+            "it must be bpe or char",
+        ),
         (["tokenizer", "show", "nowhere", "text"], "no model 'nowhere'"),
     ],
 )

@@ -1,0 +1,102 @@
+"""The built wheel has all that is needed: installed elsewhere, it trains a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "llm_from_scratch"
+
+pytestmark = pytest.mark.full
+
+
+def do(*words: str | Path, cwd: Path) -> str:
+    """Run a program in a folder, away from this checkout; its standard output."""
+    away = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    environment = {name: value for name, value in os.environ.items() if name not in away}
+    done = subprocess.run(
+        [str(word) for word in words],
+        cwd=cwd,
+        env={**environment, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("dist")
+    build = ("-m", "build", "--wheel", "--no-isolation", "--outdir", folder)
+    do(sys.executable, *build, ROOT, cwd=folder)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_is_pure_python_and_complete(wheel: Path) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
+        about = archive.read(metadata).decode()
+    sources = {
+        str(path.relative_to(ROOT))
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {name for name in names if ".dist-info/" not in name} == sources
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "Name: scratchlm\n" in about
+    for library in ("transformers", "gguf", "tiktoken", "llama"):
+        assert f"Requires-Dist: {library}" not in "\n".join(
+            line for line in about.split("\n") if "extra ==" not in line
+        )
+
+
+def test_the_installed_wheel_trains(wheel: Path, tmp_path: Path) -> None:
+    """A fresh environment that has our dependencies, but neither this checkout nor our command.
+
+    The dependencies are lent from the present environment: what is tested is our wheel, not the
+    network. That pyproject.toml asks for all of them is another test's (test_structure.py).
+    """
+    do(sys.executable, "-m", "venv", "env", cwd=tmp_path)
+    scripts = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin")
+    python = scripts / "python"
+    # What is in a folder named by a .pth file can be imported, but its own .pth files (that of an
+    # editable installation of this checkout above all) are not read.
+    site = Path(
+        do(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path)
+        .strip()
+    )  # fmt: skip
+    lent = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (site / "lent.pth").write_text("\n".join(sorted(lent)) + "\n", encoding="utf-8")
+    do(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+
+    where = do(
+        python, "-c", "import llm_from_scratch; print(llm_from_scratch.__file__)", cwd=tmp_path
+    )
+    assert Path(where.strip()).is_relative_to(site)
+    command = next(scripts.glob("scratchlm*"))
+    assert do(command, "--version", cwd=tmp_path).startswith("scratchlm ")
+    flags = (
+        "--minutes 4 --train.max_steps 3 --tokenizer.vocab_size 300 --model.d_model 16 "
+        "--model.n_layers 1 --model.n_heads 2 --data.seq_len 32 --json"
+    )
+    (tmp_path / "text.txt").write_text("the cat sat on the mat and saw it\n" * 200)
+    summary = json.loads(
+        do(command, "quickstart", "--data", "text.txt", *flags.split(), cwd=tmp_path)
+    )
+    assert summary["steps"] == 3
+    assert summary["xz_bits_per_byte"] > 0
+    words = ("runs/quickstart", "the", "--max_new_tokens", "3", "--seed", "1", "--json")
+    assert json.loads(do(command, "generate", *words, cwd=tmp_path))["new_tokens"] <= 3
