@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
     result = pretrain(config, resume=args.resume, given=given)
     if result.interrupted:
-        return 0 if config.train.stop_after else 130
+        return result.exit_code
     if args.json:
         print(json.dumps(result.summary))
     elif result.summary:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,10 @@ def free_folder(base: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.minutes <= 0:
-        raise UserError(f"--minutes is {args.minutes}; it must be above 0.")
+    if not 0 < args.minutes < 10_000:
+        raise UserError(f"--minutes is {args.minutes:g}; it must be above 0 and below 10000.")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("quickstart runs in one process; under torchrun use scratchlm pretrain.")
     if args.language == "ja" and not args.data:
         raise UserError(JA_HINT)
     from llm_from_scratch.train.quickstart import defaults, quickstart
@@ -72,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("data.val_fraction is 0, but quickstart measures on text it held out.")
     result, figures = quickstart(config, seconds=60 * args.minutes, given=given)
     if result.interrupted:
-        return 0 if config.train.stop_after else 130
+        return result.exit_code
     if args.json:
         print(json.dumps(result.summary))
     elif figures:

@@ -21,6 +21,8 @@ from llm_from_scratch.core.errors import RunError, UserError
 
 ASIDE = ".aside-"  # the prefix of everything that is not yet in place
 OLD = ".old-"  # between the name of a folder that is being replaced and the process that does it
+UMASK = os.umask(0)  # can only be read by setting it
+os.umask(UMASK)
 
 
 def fsync_path(path: Path) -> None:
@@ -70,7 +72,7 @@ def write_aside(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        aside.chmod(0o644)  # mkstemp makes private files; these are ordinary ones
+        aside.chmod(0o666 & ~UMASK)  # mkstemp makes private files; these are ordinary ones
         aside.replace(path)
     except OSError as error:
         raise explain_os_error(error, path) from error
@@ -96,12 +98,17 @@ def folder_aside(path: Path | str) -> Iterator[Path]:
         for file in aside.rglob("*"):
             if file.is_file():
                 fsync_path(file)
-        aside.chmod(0o755)
+        aside.chmod(0o777 & ~UMASK)
         old = None
-        if path.exists():
-            old = path.with_name(f"{ASIDE}{path.name}{OLD}{os.getpid()}")
-            path.replace(old)
-        aside.replace(path)
+        try:
+            if path.exists():
+                old = path.with_name(f"{ASIDE}{path.name}{OLD}{os.getpid()}")
+                path.replace(old)
+            aside.replace(path)
+        except BaseException:  # also a second Ctrl-C
+            if old is not None and old.exists() and not path.exists():
+                old.replace(path)
+            raise
         fsync_path(path.parent)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from llm_from_scratch.core.device import pick_device, pick_precision, rng_state, set_rng_state
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.core.runlog import LiveLine
+from llm_from_scratch.data.loader import IGNORED
 from llm_from_scratch.gpt.checkpoint import (
     MODEL,
     load_weights,
@@ -27,7 +28,7 @@ from llm_from_scratch.gpt.checkpoint import (
 from llm_from_scratch.gpt.config import GPTConfig
 from llm_from_scratch.train.checkpoint import optimizer_tensors, restore_optimizers
 from llm_from_scratch.train.loop import Hooks, Loop, Progress
-from llm_from_scratch.train.losses import IGNORE, LossSum, cross_entropy_sum
+from llm_from_scratch.train.losses import LossSum, cross_entropy_sum
 from llm_from_scratch.train.settings import TrainSettings
 
 OPTIMIZER = "optimizer_state_dict."
@@ -104,7 +105,7 @@ class NextToken:
         amp = torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext()
         with amp:
             logits, _ = model(x)
-        return LossSum(cross_entropy_sum(logits, y), int((y != IGNORE).sum()))
+        return LossSum(cross_entropy_sum(logits, y), int((y != IGNORED).sum()))
 
 
 class StepLine(LiveLine):
@@ -197,6 +198,7 @@ class GPTTrainer:
             batch_size=accumulate,
             micro_batch_size=1,
             learning_rate=self.learning_rate,
+            seed=torch.initial_seed() % 2**63,  # dropout follows the user's torch.manual_seed
             warmup_steps=self.warmup_steps,
             schedule="cosine",
             optimizer="adamw",

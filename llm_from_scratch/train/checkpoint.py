@@ -119,7 +119,13 @@ def load_checkpoint(
         if name not in weights or weights[name].shape != parameter.shape:
             raise UserError(f"The checkpoint {path} does not fit the model: tensor {name}.")
         parameter.copy_(weights[name])
-    restore_optimizers(optimizers, moments)
+    try:
+        restore_optimizers(optimizers, moments)
+    except (ValueError, IndexError, KeyError) as error:
+        raise UserError(
+            f"The checkpoint {path} does not fit the optimiser ({error}). Delete that folder and "
+            "resume."
+        ) from error
     rng: list[dict[str, Tensor]] = []
     for key, value in sorted(rng_flat.items()):
         rank, name = key.split(".", 1)

@@ -14,6 +14,7 @@ that a resumed run repeats the uninterrupted one bit for bit.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import signal
 import threading
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from llm_from_scratch.core.device import gemm_rate, rng_state, set_rng_state, synchronise
 from llm_from_scratch.core.errors import RunError, UserError
+from llm_from_scratch.core.files import remove_asides
 from llm_from_scratch.core.runlog import LiveLine, RunLog, clock
 from llm_from_scratch.train.checkpoint import load_checkpoint, save_checkpoint, step_folders
 from llm_from_scratch.train.losses import LossSum
@@ -128,6 +130,7 @@ class Loop:
         self.world: World = join_world(device)
         self.progress = Progress()
         self.interrupted = False
+        self._saved = 0  # the step of the newest checkpoint
         self.line = LiveLine(quiet=quiet or not self.world.main)
         self.optimizers = make_optimizers(
             model,
@@ -149,7 +152,7 @@ class Loop:
     def learning_rate_share(self, step: int) -> float:
         s = self.settings
         return learning_rate_share(
-            step, s.max_steps, s.warmup_steps, s.schedule, s.min_learning_rate / s.learning_rate,
+            step, s.max_steps, s.warmup, s.schedule, s.min_learning_rate / s.learning_rate,
             s.decay_share,
         )  # fmt: skip
 
@@ -326,8 +329,9 @@ class Loop:
 
     def save(self) -> None:
         """Write checkpoints/step-N, once per step."""
-        if self.folder is None:
+        if self.folder is None or self._saved == self.progress.step:
             return
+        self._saved = self.progress.step
         where = self.device if self.device.type == "cuda" else torch.device("cpu")
         own = rng_state(self.device)
         parts = {name: gather(state.to(where), self.world) for name, state in own.items()}
@@ -342,10 +346,14 @@ class Loop:
     def resume(self) -> int:
         """Continue from the newest checkpoint, if there is one; return its step."""
         assert self.folder is not None
+        if self.world.main:
+            remove_asides(self.folder / "checkpoints")  # what a kill left half-way
+        wait_for_all(self.world)
         found = step_folders(self.folder / "checkpoints")
         if not found:
             return 0
         step, path = found[-1]
+        self._saved = step
         state, rng = load_checkpoint(path, self.model, self.optimizers)
         if len(rng) != self.world.size:
             raise UserError(
@@ -399,7 +407,8 @@ def catch_interrupts(line: LiveLine) -> Iterator[list[int]]:
         if seen:
             raise KeyboardInterrupt
         seen.append(number)
-        line.say("Stopping after this step (once more to stop without saving) ...")
+        if not line.quiet:  # print would not do: the signal may come in the middle of another one
+            os.write(2, b"\nStopping after this step (once more to stop without saving) ...\n")
 
     before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
     try:

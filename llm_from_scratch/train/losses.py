@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100  # a target without a loss
+from llm_from_scratch.data.loader import IGNORED
 
 
 @dataclass
@@ -34,7 +34,7 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     logits (..., v), targets (...). Computed in fp32.
     """
     return F.cross_entropy(
-        logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+        logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum"
     )
 
 
@@ -53,7 +53,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight)
         for start in range(0, hidden.shape[0], chunk):
             part, target = hidden[start : start + chunk], targets[start : start + chunk]
-            kept = target != IGNORE
+            kept = target != IGNORED
             logits = (part @ w.T).float()
             logprobs = logits.log_softmax(-1)
             safe = target.clamp_min(0)[:, None]

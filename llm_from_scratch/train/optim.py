@@ -8,16 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_from_scratch.core.errors import UserError, nearest
-
-OPTIMIZERS = ("adamw", "muon")
-
 
 def orthogonalise(g_nij: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
     """Push the singular values of each matrix of a stack towards 1 (quintic Newton-Schulz).
 
     The polynomial a X + b (X X^T) X + c (X X^T)^2 X with these coefficients (K. Jordan, Muon, 2024)
-    brings singular values of (0, 1] into about 0.7 to 1.2 in five steps, without an SVD.
+    brings singular values above about 0.05 into 0.6 to 1.25 in five steps, without an SVD; smaller
+    ones grow by a factor of 3.4 a step.
     Rounding does no harm, so `dtype` may be bf16 where that is faster.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -91,11 +88,6 @@ def make_optimizers(
     muon_dtype: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:
     """The optimisers of a run; their groups carry `peak_lr`, which the schedule multiplies."""
-    if kind not in OPTIMIZERS:
-        raise UserError(
-            f"train.optimizer is '{kind}'; it must be one of {', '.join(OPTIMIZERS)}."
-            + nearest(kind, OPTIMIZERS)
-        )
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices: list[Tensor] = []
     if kind == "muon":

@@ -37,7 +37,8 @@ def join_world(device: torch.device) -> World:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         # One process reads and encodes the text while the others wait, which may take long.
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        # Counters live on the CPU and go through gloo, gradients where the model is.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
     return World(dist.get_rank(), dist.get_world_size())
 
@@ -55,13 +56,13 @@ def share(start: int, count: int, world: World) -> tuple[int, int]:
 
 
 def add_up(tensors: list[Tensor], world: World) -> None:
-    """Replace each tensor by its sum over all processes, in one message per dtype."""
+    """Replace each tensor by its sum over all processes, in one message per dtype and device."""
     if world.size == 1:
         return
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
-        by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    for same in by_dtype.values():
+        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for same in alike.values():
         flat = torch.cat([tensor.reshape(-1) for tensor in same])
         dist.all_reduce(flat)
         sizes = [tensor.numel() for tensor in same]
@@ -83,8 +84,6 @@ def agree(flag: bool, world: World) -> bool:
     if world.size == 1:
         return flag
     total = torch.tensor([1.0 if flag else 0.0])
-    if dist.get_backend() == "nccl":
-        total = total.cuda()
     dist.all_reduce(total)
     return bool(total.item() > 0)
 

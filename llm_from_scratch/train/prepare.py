@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llm_from_scratch.core.errors import UserError
@@ -23,13 +23,18 @@ PYTHON = "python"  # the embedded corpus's name among data.paths
 
 @dataclass
 class Prepared:
-    """What training needs and what its report says about the text."""
+    """What training needs and what its report says about the text.
+
+    `val_bytes` is 0 where the tokenizer loses something, for then no bits per byte can be told.
+    `documents` (training, validation) are there only in the process that read them.
+    """
 
     tokenizer: Tokenizer
     train: TokenStore
     val: TokenStore | None
     val_bytes: int
     hashes: dict[str, str]
+    documents: tuple[list[Document], list[Document]] | None = field(default=None, repr=False)
 
 
 def gather_documents(
@@ -42,6 +47,8 @@ def gather_documents(
             "No text was given. Name files or folders with --data, or use --data python for the "
             "text that every Python carries."
         )
+    if PYTHON in paths and len(paths) > 1 and not Path(PYTHON).exists():
+        raise UserError("The corpus python stands alone; leave out the other files or python.")
     if tuple(paths) == (PYTHON,):
         train, held_out = python_corpus()
         say(f"Corpus python: {size_of(train)} to train on, {size_of(held_out)} held out.")
@@ -71,10 +78,10 @@ def size_of(documents: Iterable[Document]) -> str:
 
 
 def text_hash(documents: Iterable[Document]) -> str:
-    """SHA-256 over names and texts, in order."""
+    """SHA-256 over the texts, in order, wherever the files lie."""
     digest = hashlib.sha256()
     for document in documents:
-        digest.update(f"{document.source}\0{document.text}\0".encode())
+        digest.update(document.text.encode() + b"\0")
     return digest.hexdigest()
 
 
@@ -136,19 +143,40 @@ def prepare(config: PretrainConfig, folder: Path, line: LiveLine) -> Prepared:
         )
     hashes = {"train": text_hash(train), "val": text_hash(val)}
     val_bytes = sum(len(document.text.encode()) for document in val)
+    if not is_lossless(tokenizer, val):
+        line.say("This tokenizer loses parts of the text, so no bits per byte will be told.")
+        val_bytes = 0
     write_json(folder / "tokens" / "text.json", {"sha256": hashes, "val_bytes": val_bytes})
     line.say(f"{len(stores['train']):,} training tokens.")
-    return Prepared(tokenizer, stores["train"], stores.get("val"), val_bytes, hashes)
+    store, val_store = stores["train"], stores.get("val")
+    return Prepared(tokenizer, store, val_store, val_bytes, hashes, (train, val))
+
+
+def is_lossless(tokenizer: Tokenizer, documents: list[Document], most: int = 200_000) -> bool:
+    """Whether the first `most` characters come back from their ids exactly as they were."""
+    for document in documents:
+        text = document.text[:most]
+        if tokenizer.decode(tokenizer.encode(text)) != text:
+            return False
+        most -= len(text)
+        if most <= 0:
+            break
+    return True
 
 
 def reopen(folder: Path) -> Prepared:
-    """What `prepare` left in a run folder."""
+    """What `prepare` left in a run folder; a file that was changed since is refused."""
     text = read_json(folder / "tokens" / "text.json")
     val = folder / "tokens" / "val"
+    stores = [TokenStore.open(folder / "tokens" / "train")]
+    if val.is_dir():
+        stores.append(TokenStore.open(val))
+    for store in stores:
+        store.verify()
     return Prepared(
         Tokenizer.load(folder / "tokenizer"),
-        TokenStore.open(folder / "tokens" / "train"),
-        TokenStore.open(val) if val.is_dir() else None,
+        stores[0],
+        stores[1] if len(stores) > 1 else None,
         text["val_bytes"],
         text["sha256"],
     )

@@ -32,7 +32,7 @@ from llm_from_scratch.core.files import (
     write_aside,
 )
 from llm_from_scratch.core.runlog import LiveLine, plot_losses, write_json
-from llm_from_scratch.data.loader import Batch, PackedTokens, evaluation_batches
+from llm_from_scratch.data.loader import IGNORED, Batch, PackedTokens, evaluation_batches
 from llm_from_scratch.evaluate.bits_per_byte import bits_per_byte, nats_of
 from llm_from_scratch.generate.generate import complete
 from llm_from_scratch.model.decoder import Decoder
@@ -61,7 +61,7 @@ class NextToken:
     def step(self, model: nn.Module, batch: Batch) -> LossSum:
         assert isinstance(model, Decoder)
         hidden = model.hidden(batch.tokens, document_ids_bt=batch.document_ids)
-        count = (batch.targets != -100).sum()
+        count = (batch.targets != IGNORED).sum()
         if model.config.vocab_size > 1024 and model.training:
             weight = model.head.weight
             return LossSum(chunked_cross_entropy_sum(hidden, weight, batch.targets), count)
@@ -163,6 +163,12 @@ class Run:
     config: PretrainConfig
     summary: dict[str, Any]
     interrupted: bool = False
+    as_asked: bool = False  # interrupted by train.stop_after
+
+    @property
+    def exit_code(self) -> int:
+        """What a command ends with: 0, or 130 after Ctrl-C."""
+        return 130 if self.interrupted and not self.as_asked else 0
 
 
 def pretrain(
@@ -209,7 +215,9 @@ def pretrain(
         line.say(
             f"Saved at step {progress.step}. To go on: scratchlm pretrain --out {folder} --resume"
         )
-        return Run(folder, config, {}, interrupted=True)
+        # Stopped where it was told to stop is not the same as stopped by Ctrl-C.
+        asked = config.train.stop_after is not None and progress.step >= config.train.stop_after
+        return Run(folder, config, {}, interrupted=True, as_asked=asked)
     summary = finish(config, prepared, model, loop, line) if loop.world.main else {}
     leave_world()
     return Run(folder, config, summary)
@@ -239,7 +247,10 @@ def start(
         if fresh and folder.exists():
             folder.rmdir()
         raise
-    stored = dataclasses.replace(config.train, stop_after=None)
+    prepared.documents = None  # the text is not needed while training
+    train = dataclasses.replace(config.train, warmup_steps=config.train.warmup)
+    config = dataclasses.replace(config, train=train)
+    stored = dataclasses.replace(train, stop_after=None)
     write_json(folder / "environment.json", {**environment(), "data_sha256": prepared.hashes})
     with write_aside(folder / "config.yaml") as file:
         file.write(to_yaml(dataclasses.replace(config, train=stored)))
@@ -272,6 +283,11 @@ def finish(
         "mfu": round(loop.utilisation(rate), 4),
     }
     if prepared.val is not None and len(prepared.val) > 1:
+        summary["val_loss"] = p.val_loss
+        summary["best_val_loss"] = p.best_val_loss
+    else:
+        save_folder(model, prepared.tokenizer, folder / "model")
+    if prepared.val is not None and prepared.val_bytes and len(prepared.val) > 1:
         seq_len = config.data.seq_len
         if config.train.keep_best and p.best_step != p.step:
             dtype = model.compute_dtype
@@ -286,11 +302,7 @@ def finish(
         if prepared.tokenizer.eos_id is None:
             # Nothing stands before a document's first token: it is charged as a uniform draw.
             nats += prepared.val.documents * math.log(prepared.tokenizer.vocab_size)
-        summary["val_loss"] = p.val_loss
-        summary["best_val_loss"] = p.best_val_loss
         summary["bits_per_byte"] = bits_per_byte(nats, prepared.val_bytes)
-    else:
-        save_folder(model, prepared.tokenizer, folder / "model")
     write_json(folder / "summary.json", summary)
     plot_losses(
         folder, f"{folder.name}: {config.model.family}, {summary['parameters'] / 1e6:.2f} M"

@@ -11,7 +11,7 @@ from typing import Any
 from llm_from_scratch.core.device import synchronise
 from llm_from_scratch.core.runlog import LiveLine, write_json
 from llm_from_scratch.evaluate.bits_per_byte import compressor_bits_per_byte
-from llm_from_scratch.train.prepare import PYTHON, Prepared, gather_documents
+from llm_from_scratch.train.prepare import PYTHON, Prepared
 from llm_from_scratch.train.pretrain import Run, build, make_loop, pretrain
 from llm_from_scratch.train.settings import PretrainConfig
 
@@ -19,6 +19,7 @@ SECONDS = 216.0  # what the whole quickstart may take
 AFTERWARDS = 30.0  # of which for evaluation, compressors, samples and picture
 PROBE_STEPS = 4
 MOST_EPOCHS = 6  # more passes over a small text would learn it by heart
+PRIMER_BYTES = 32_000_000  # what xz reads first; its memory is about 11 times its window
 FEWEST_STEPS = 200  # but so many steps are taken, however small the text is
 
 
@@ -31,7 +32,6 @@ def defaults(language: str, paths: tuple[str, ...]) -> dict[str, Any]:
         "train": {
             "batch_size": 8,
             "learning_rate": 6e-3,
-            "warmup_steps": 40,
             "schedule": "wsd",
             "decay_share": 0.8,
             "eval_every": 0,
@@ -76,8 +76,13 @@ def quickstart(
     """
     asked = given or {}
     began = time.monotonic()
+    texts: list[bytes] = []
 
     def tune(config: PretrainConfig, prepared: Prepared, line: LiveLine) -> PretrainConfig:
+        assert prepared.documents is not None
+        for documents in prepared.documents:
+            texts.append("\n".join(document.text for document in documents).encode())
+        prepared.documents = None  # not needed while training
         if "max_steps" in asked.get("train", {}):
             return config
         left = seconds - AFTERWARDS - (time.monotonic() - began)
@@ -88,25 +93,21 @@ def quickstart(
             f"Speed probe: {step_s * 1000:.0f} ms a step; {steps} steps fit, which is "
             f"{steps / epoch:.1f} times the text."
         )
-        train = dataclasses.replace(
-            config.train,
-            max_steps=steps,
-            warmup_steps=min(config.train.warmup_steps, max(1, steps // 10)),
-            eval_every=-(-steps // 4),
-        )
+        found = {"max_steps": steps, "eval_every": -(-steps // 4)}
+        found = {k: v for k, v in found.items() if k not in asked.get("train", {})}
+        train = dataclasses.replace(config.train, **found)  # type: ignore[arg-type]
         model = config.model
         if steps > 1.5 * epoch and "dropout" not in asked.get("model", {}):
             model = dataclasses.replace(model, dropout=0.1)
         return dataclasses.replace(config, train=train, model=model)
 
     run = pretrain(config, quiet=quiet, tune=tune)
-    if run.interrupted or not run.summary:
+    if "bits_per_byte" not in run.summary:
         return run, {}
     line = LiveLine(quiet=quiet)
     line.show("Compressing the held-out text with gzip, bz2 and xz ...", force=True)
-    train, held_out = gather_documents(run.config, lambda text: None)
-    text, primer = ("\n".join(d.text for d in docs).encode() for docs in (held_out, train))
-    rivals = compressor_bits_per_byte(text, primer)
+    primer, text = texts
+    rivals = compressor_bits_per_byte(text, primer[-PRIMER_BYTES:])
     figures = {f"{name}_bits_per_byte": value for name, value in rivals.items()}
     run.summary.update(figures)
     write_json(Path(config.out) / "summary.json", run.summary)

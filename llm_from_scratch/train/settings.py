@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from llm_from_scratch.core.errors import UserError, nearest
 from llm_from_scratch.model.presets import ModelSettings
+from llm_from_scratch.train.schedule import SCHEDULES
 
-SCHEDULES = ("wsd", "cosine", "constant")
 OPTIMIZERS = ("muon", "adamw")
 PRECISIONS = ("auto", "bf16", "fp32")
 TOKENIZERS = ("bpe", "char")
@@ -27,8 +27,8 @@ class TrainSettings:
     """Peak learning rate."""
     min_learning_rate: float = 0.0
     """Learning rate at the end of the decay."""
-    warmup_steps: int = 50
-    """Steps over which the learning rate rises linearly."""
+    warmup_steps: int | None = None
+    """Steps over which the learning rate rises linearly; default 50, at most a tenth of all."""
     schedule: str = "wsd"
     """wsd (warm-up, stable, linear decay), cosine or constant."""
     decay_share: float = 0.6
@@ -98,8 +98,9 @@ class TrainSettings:
             "warmup_steps", "eval_every", "sample_every", "checkpoint_every", "patience",
             "weight_decay", "grad_clip", "min_learning_rate",
         ):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise UserError(f"train.{name} is {getattr(self, name)}; it must not be negative.")
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"train.{name} is {value}; it must not be negative.")
         for name in ("learning_rate", "muon_learning_rate"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -111,6 +112,13 @@ class TrainSettings:
             )
         if not 0 < self.decay_share <= 1:
             raise UserError(f"train.decay_share is {self.decay_share}; it must be in (0, 1].")
+
+    @property
+    def warmup(self) -> int:
+        """The steps of warm-up, given or by default."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return min(50, self.max_steps // 10)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,26 @@ def test_a_failed_folder_leaves_the_old_folder(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "x").write_text("old")
+    real = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if Path(target) == path and ".old-" not in self.name:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(KeyboardInterrupt), folder_aside(path) as aside:
+        (aside / "x").write_text("new")
+    assert (path / "x").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / f"{ASIDE}step-3.abc").mkdir()
     (tmp_path / f"{ASIDE}file").write_text("x")

@@ -89,7 +89,7 @@ def test_warm_up_reaches_the_optimizer() -> None:
     trainer.train(log_interval=0, eval_interval=0)
     assert applied == pytest.approx([trainer.get_lr(step) for step in range(12)])
     assert applied[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
-    assert applied[4:] == sorted(applied[4:], reverse=True) and applied[-1] == pytest.approx(0)
+    assert applied[4:] == sorted(applied[4:], reverse=True) and 0 < applied[-1] < 1e-2 / 20
     assert trainer.scheduler.get_last_lr()[0] == trainer.optimizer.param_groups[0]["lr"]
 
 

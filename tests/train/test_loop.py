@@ -16,6 +16,7 @@ from llm_from_scratch.core.config import from_dict, read_yaml
 from llm_from_scratch.core.errors import RunError, UserError
 from llm_from_scratch.core.runlog import read_metrics
 from llm_from_scratch.data.loader import Batch
+from llm_from_scratch.train import loop as loop_module
 from llm_from_scratch.train.loop import Hooks, Loop
 from llm_from_scratch.train.losses import LossSum
 from llm_from_scratch.train.pretrain import NextToken, pretrain
@@ -80,6 +81,28 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     )
     names = sorted(p.name for p in (run.folder / "checkpoints").iterdir())
     assert names == ["step-4", "step-6", "step-8"]
+
+
+def test_a_step_is_saved_once_and_a_kill_between_the_renames_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    real = loop_module.save_checkpoint
+
+    def counting(folder: Path, step: int, *rest: object) -> Path:
+        saved.append(step)
+        return real(folder, step, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop_module, "save_checkpoint", counting)
+    stopped = config(tmp_path, train={"stop_after": 4, "checkpoint_every": 4})
+    pretrain(stopped, quiet=True)
+    assert saved == [4]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step-4").rename(checkpoints / f"{files.ASIDE}step-4{files.OLD}99")
+    pretrain(with_train(stopped, stop_after=None), resume=True, quiet=True)
+    assert saved == [4, 8]
+    steps = [r["step"] for r in read_metrics(tmp_path / "run") if "loss" in r]
+    assert steps == list(range(1, 9))
 
 
 def test_resume_refuses_a_contradiction_and_an_empty_folder(tmp_path: Path) -> None:
@@ -147,21 +170,29 @@ def test_a_batch_without_targets_is_named() -> None:
 
 def test_early_stop_keeps_the_best_model() -> None:
     """Validation on noise gets worse: the loop stops and says which step was best."""
-    saved: list[int] = []
+    saved: list[torch.Tensor] = []
     source = RaggedSource()
     noise = RaggedSource().batch(1000, 8)
+
+    def keep(model: torch.nn.Module) -> None:
+        saved.append(model.head.weight.detach().clone())  # type: ignore[union-attr]
+
     loop = Loop(
         tiny_model(), NextToken(), source,
         TrainSettings(batch_size=8, max_steps=200, eval_every=5, patience=2, learning_rate=0.03),
         device=torch.device("cpu"), quiet=True,
-        hooks=Hooks(val_batches=lambda: [noise], save_best=lambda model: saved.append(1)),
+        hooks=Hooks(val_batches=lambda: [noise], save_best=keep),
     )  # fmt: skip
     progress = loop.train()
     assert progress.stopped_early
     assert progress.step < 200
     assert progress.val_losses[progress.best_step // 5 - 1] == progress.best_val_loss
     assert min(progress.val_losses) == progress.best_val_loss
-    assert len(saved) >= 1
+    gains = [
+        v for i, v in enumerate(progress.val_losses) if v < min(progress.val_losses[:i] or [9])
+    ]
+    assert len(saved) == len(gains)
+    assert not torch.equal(saved[-1], loop.model.head.weight)  # the best is not the last
 
 
 def test_training_learns(tmp_path: Path) -> None:

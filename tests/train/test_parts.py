@@ -15,6 +15,7 @@ from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.train.losses import chunked_cross_entropy_sum, cross_entropy_sum
 from llm_from_scratch.train.optim import Muon, make_optimizers, orthogonalise
 from llm_from_scratch.train.schedule import learning_rate_share
+from llm_from_scratch.train.settings import TrainSettings
 from tests.train.helpers import tiny_model
 
 
@@ -53,11 +54,14 @@ def test_schedules_rise_stay_and_fall() -> None:
     assert all(a > b for a, b in itertools.pairwise(wsd[70:]))
     cosine = [learning_rate_share(s, 100, 10, "cosine", 0.1, 0.3) for s in range(100)]
     assert cosine[10] == 1.0
-    assert cosine[99] == pytest.approx(0.1)
-    assert cosine[54] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 44 / 89)))
+    for step in (11, 54, 99):
+        fall = 0.45 * (1 + math.cos(math.pi * (step - 10) / 90))
+        assert cosine[step] == pytest.approx(0.1 + fall)
+    no_jump = [learning_rate_share(s, 100, 50, "wsd", 0.0, 0.6) for s in range(100)]
+    assert no_jump[48:52] == pytest.approx([0.98, 1.0, 1.0, 0.98])
     assert learning_rate_share(99, 100, 0, "constant", 0.1, 0.3) == 1.0
     with pytest.raises(UserError, match="Did you mean 'cosine'"):
-        learning_rate_share(0, 1, 0, "cosin", 0.0, 0.5)
+        TrainSettings(schedule="cosin")
 
 
 def test_decay_groups_leave_norms_and_biases_alone() -> None:
@@ -115,6 +119,36 @@ def test_muon_stack_equals_one_by_one() -> None:
             optimizer.step()
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 12)])
+def test_muon_is_pytorchs_muon(shape: tuple[int, int]) -> None:
+    """torch.optim.Muon with its Moonlight scaling is the same optimiser (it rounds to bf16)."""
+    generator = torch.Generator().manual_seed(0)
+    ours = torch.nn.Parameter(torch.randn(shape, generator=generator))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    before = ours.detach().clone()
+    mine = Muon([ours], 0.02, 0.95, 0.1)
+    peer = torch.optim.Muon(
+        [theirs], lr=0.02, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
+    for _ in range(4):
+        ours.grad = torch.randn(shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+        mine.step()
+        peer.step()
+    moved = (theirs - before).norm()
+    assert (ours - theirs).norm() < 0.03 * moved
+
+
+def test_five_steps_bring_ordinary_singular_values_near_one() -> None:
+    """What the docstring says of five steps, for the values that a gradient matrix has."""
+    values = torch.linspace(0.05, 1.0, 12)
+    u = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(1))).Q
+    v = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(2))).Q
+    found = torch.linalg.svdvals(orthogonalise(u @ values.diag() @ v.T))
+    assert found.min() > 0.6
+    assert found.max() < 1.25
 
 
 def test_adamw_step_equals_the_formula() -> None:

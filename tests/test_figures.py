@@ -1,0 +1,87 @@
+"""The figures that the pages state are those of the committed runs, and reach what is promised."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", ROOT / "README.ja.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def results(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["results"]
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_pages_show_the_committed_figures(page: Path, tables: ModuleType) -> None:
+    text = page.read_text(encoding="utf-8")
+    ja = page.name == "README.ja.md" or page.parent.name == "ja"
+    assert tables.filled(text, ja) == text, "run: python benchmarks/tables.py"
+    places = len(re.findall(r"<!-- figures:", text))
+    assert text.count("<!-- /figures -->") == places, "a place without figures"
+
+
+def test_every_result_says_where_it_comes_from() -> None:
+    for path in RESULTS.glob("*.json"):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        assert len(value["commit"]) == 40, path.name  # measured on a committed state
+        for key in ("command", "date", "environment", "peers", "files"):
+            assert key in value, path.name
+
+
+def test_quickstart_beats_the_compressors_in_time() -> None:
+    for run in results("quickstart")["runs"]:
+        best = min(run[f"{name}_bits_per_byte"] for name in ("gzip", "bz2", "xz"))
+        assert run["bits_per_byte"] <= 0.95 * best
+        assert run["wall_seconds"] <= 240
+
+
+def test_bpe_training_is_within_its_limits() -> None:
+    corpora = results("bpe_training")["corpora"]
+    assert corpora["reference-500"]["median_seconds"]["ours"] <= 0.5
+    for name in ("aozora-8192-gpt2-pattern", "aozora-8192-japanese-pattern"):
+        assert corpora[name]["ours_over_tokenizers"] <= 3.0
+
+
+def test_first_token_within_three_seconds_says_paris() -> None:
+    found = results("first_token")
+    assert "Paris" in found["answer"]
+    assert all(seconds <= 3.0 for seconds in found["seconds"].values())
+
+
+def test_tinyshakespeare_reaches_its_loss() -> None:
+    found = results("tinyshakespeare")
+    assert len(found["runs"]) >= 3
+    assert found["mean_val_loss"] <= 1.62
+    for run in found["runs"]:
+        assert run["parameters"] <= 810_000
+        assert run["val_loss_by_transformers"] == pytest.approx(run["val_loss"], abs=0.005)
+
+
+def test_training_speed_beside_transformers() -> None:
+    found = results("train_speed")
+    assert {(r["size"], r["threads"]) for r in found["speed"]} == {
+        ("10.7M", 1), ("10.7M", 2), ("0.8M", 1), ("0.8M", 2),
+    }  # fmt: skip
+    for row in found["speed"]:
+        least = 2.0 if row["size"] == "10.7M" else 1.4
+        assert row["ratio"]["ours bf16"] >= least, row["size"]
+    for row in found["loss_after_200"]:
+        assert row["apart"]["ours bf16"] <= 0.01
