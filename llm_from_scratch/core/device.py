@@ -146,7 +146,7 @@ def environment() -> dict[str, Any]:
             versions[name] = "unknown"
     result: dict[str, Any] = {
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
