@@ -10,11 +10,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from llm_from_scratch.cli.generate import (
+    NOT_UTF8,
     add_model_arguments,
     add_sampling_arguments,
     explain_template,
     load_model,
     settings_of,
+    stdin_lines,
 )
 from llm_from_scratch.core.errors import UserError, nearest
 
@@ -80,18 +82,20 @@ def run(args: argparse.Namespace) -> int:
 
 def talk(conversation: Conversation, reply: Callable[[Conversation, str], None]) -> None:
     """Read messages and commands until the input ends; `reply` answers a message."""
-    interactive = sys.stdin.isatty()
+    interactive = sys.stdin is not None and sys.stdin.isatty()
+    piped = stdin_lines()
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (line editing and history for `input`)
     while True:
         try:
-            line = input("\n> " if interactive else "").strip()
+            line = input("\n> ").strip() if interactive else next(piped).strip()
         except UnicodeDecodeError as error:
-            raise UserError("Standard input is not UTF-8 text; convert it first.") from error
+            raise UserError(NOT_UTF8) from error
+        except StopIteration:
+            return
         except EOFError:
-            if interactive:
-                print()
+            print()
             return
         except KeyboardInterrupt:
             note("\n(Ctrl-D or /quit leaves.)")

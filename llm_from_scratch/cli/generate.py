@@ -147,16 +147,32 @@ def explain_template(tokenizer: Tokenizer) -> None:
         )
 
 
+NOT_UTF8 = "Standard input is not UTF-8 text; convert it first."
+
+
+def read_stdin() -> str:
+    """All of standard input, which must be UTF-8 whatever the terminal's encoding is."""
+    return "".join(stdin_lines())
+
+
+def stdin_lines() -> Iterator[str]:
+    """Standard input line by line, as the lines come; their ends are those of this program."""
+    if sys.stdin is None:  # closed by whoever started this program
+        return
+    try:
+        # The text layer would decode as the locale says, and under some locales lets anything pass.
+        for line in getattr(sys.stdin, "buffer", sys.stdin):
+            text = line.decode("utf-8") if isinstance(line, bytes) else line
+            yield text[:-2] + "\n" if text.endswith("\r\n") else text
+    except UnicodeDecodeError as error:
+        raise UserError(NOT_UTF8) from error
+
+
 def read_prompt(prompt: str) -> str:
     """The prompt itself, or standard input for '-' without its last line end."""
     from llm_from_scratch.text.tokenizer import without_surrogates
 
-    if prompt == "-":
-        try:
-            prompt = sys.stdin.read().removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise UserError("Standard input is not UTF-8 text; convert it first.") from error
-    return without_surrogates(prompt)
+    return without_surrogates(read_stdin().removesuffix("\n") if prompt == "-" else prompt)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_from_scratch.cli.generate import read_stdin
 from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.core.json_files import read_json
 
 if TYPE_CHECKING:
     from llm_from_scratch.text.tokenizer import Tokenizer
 
-PYTHON = "python"  # the embedded corpus's name among --data
 DEFAULT_SIZE = 8192
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"}
 COLOURS = ("on #264653", "on #5f3b0f", "on #1f4d2b", "on #4a2545")
@@ -23,8 +24,8 @@ TRAIN_EXAMPLES = """examples:
   scratchlm tokenizer train --data books/ --vocab_size 8192 --out tokenizers/books
   scratchlm tokenizer train --data aozora.zip --language ja --vocab_size 16384 --out tokenizers/ja
   scratchlm tokenizer train --data input.txt --kind char --special --out tokenizers/char
-  scratchlm tokenizer train --data chats.jsonl --vocab_size 4096 --out tokenizers/chat \\
-      --special '<|endoftext|>' '<|im_start|>' '<|im_end|>'
+  scratchlm tokenizer train --data chats.jsonl --data.text_field content --vocab_size 4096 \\
+      --out tokenizers/chat --special '<|endoftext|>' '<|im_start|>' '<|im_end|>'
 """
 SHOW_EXAMPLES = """examples:
   scratchlm tokenizer show tokenizers/books "It is a truth universally acknowledged"
@@ -88,7 +89,21 @@ def _add_train(parts: Any) -> None:
         action="store_true",
         help="char: no <|unk|> token; characters never seen are an error",
     )
-    train.add_argument("--on_bad", choices=("skip", "stop"), default="skip", help="broken files")
+    # Spelled like the same settings of a run.
+    train.add_argument(
+        "--data.on_bad",
+        choices=("skip", "stop"),
+        default="skip",
+        dest="on_bad",
+        help="what to do with a broken file or row: skip (and name it) or stop (default: skip)",
+    )
+    train.add_argument(
+        "--data.text_field",
+        default="text",
+        metavar="NAME",
+        dest="text_field",
+        help="the field of .jsonl, .json, .csv, .tsv and .parquet that is text (default: text)",
+    )
     train.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
@@ -184,14 +199,15 @@ def refuse_foreign_files(out: Path) -> None:
 
 def gather(args: argparse.Namespace, say: Any) -> list[str]:
     """The texts that --data names."""
-    from llm_from_scratch.data.read import ReadReport, read_documents
+    from llm_from_scratch.data.read import PYTHON, ReadReport, read_documents
 
     if args.data == [PYTHON]:
         from llm_from_scratch.data.python_corpus import python_corpus
 
         return [document.text for document in python_corpus()[0]]
     report = ReadReport()
-    texts = [d.text for d in read_documents(args.data, on_bad=args.on_bad, report=report)]
+    found = read_documents(args.data, on_bad=args.on_bad, report=report, text_field=args.text_field)
+    texts = [document.text for document in found]
     say(report.summary())
     return texts
 
@@ -219,10 +235,13 @@ def load_tokenizer(model: str) -> Tokenizer:
 
 def show(args: argparse.Namespace) -> int:
     """Print the tokens of a text."""
+    from llm_from_scratch.text.tokenizer import without_surrogates
+
     tokenizer = load_tokenizer(args.model)
     if args.chat is not None:
         return show_conversation(tokenizer, args.chat, as_json=args.json)
-    text = sys.stdin.read() if args.text == "-" else args.text
+    # Of standard input every character counts, a last line end too.
+    text = read_stdin() if args.text == "-" else without_surrogates(args.text)
     if not text:
         raise UserError("There is no text to show: give some after MODEL.")
     ids = tokenizer.encode(text, special=args.with_special)
@@ -257,10 +276,7 @@ def show_conversation(tokenizer: Tokenizer, file: str, *, as_json: bool) -> int:
     """Print a conversation through the chat template, and on which tokens training has a loss."""
     from llm_from_scratch.text.chat import encode_chat, mask_pieces, show_mask
 
-    try:
-        messages = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON: {error}.") from error
+    messages = read_json(file, "give --chat a JSON file")
     if isinstance(messages, dict):  # a line of a `messages` data set
         messages = messages.get("messages")
     if not isinstance(messages, list):

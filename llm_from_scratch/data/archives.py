@@ -10,6 +10,8 @@ import dataclasses
 import gzip
 import io
 import lzma
+import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,6 +25,8 @@ from llm_from_scratch.core.files import human_bytes
 MAX_RATIO = 200
 ALWAYS_ALLOWED = 64 << 20  # bytes that any archive may unpack to
 DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zipfile.BadZipFile, zlib.error)
+# What `zipfile` raises besides: for newer versions and methods, for encryption, for broken names.
+UNREADABLE = (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, struct.error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +43,11 @@ class Source:
             return file.read()
 
 
+def shown(path: Path | str) -> str:
+    """A path as text that can be written anywhere: bytes of it that are not UTF-8 as `\\xff`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def open_sources(path: Path, bad: Callable[[str], None]) -> Iterator[Source]:
     """The sources of one file: itself, or the members of an archive in the order of their names.
 
@@ -47,11 +56,11 @@ def open_sources(path: Path, bad: Callable[[str], None]) -> Iterator[Source]:
     suffix = path.suffix.lower()
     if suffix == ".gz":
         inner = Path(path.stem).suffix.lower()
-        yield Source(str(path), inner, lambda: _open_gzip(path))
+        yield Source(shown(path), inner, lambda: _open_gzip(path))
     elif suffix == ".zip":
         yield from _members(path, bad)
     else:
-        yield Source(str(path), suffix, lambda: path.open("rb"))
+        yield Source(shown(path), suffix, lambda: path.open("rb"))
 
 
 def allowed_size(compressed: int) -> int:
@@ -73,6 +82,10 @@ class _Limited(io.RawIOBase):
             data = self._stream.read(len(buffer))
         except DAMAGE as error:
             raise UserError(f"{self._name}: the archive is damaged ({error}).") from None
+        except OSError as error:
+            if error.errno is not None:  # the disk's; bzip2 has no error of its own
+                raise
+            raise UserError(f"{self._name}: the archive is damaged ({error}).") from None
         self._left -= len(data)
         if self._left < 0:
             raise UserError(
@@ -89,20 +102,26 @@ class _Limited(io.RawIOBase):
 
 def _open_gzip(path: Path) -> IO[bytes]:
     limit = allowed_size(path.stat().st_size)
-    return io.BufferedReader(_Limited(gzip.open(path, "rb"), limit, str(path)), 1 << 20)
+    return io.BufferedReader(_Limited(gzip.open(path, "rb"), limit, shown(path)), 1 << 20)
 
 
 def _members(path: Path, bad: Callable[[str], None]) -> Iterator[Source]:
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, ValueError) as error:
-        raise UserError(f"{path}: is not a zip archive, or a damaged one ({error}).") from None
+    except NotImplementedError as error:  # "zip file version 9.9"
+        raise UserError(
+            f"{shown(path)}: needs a newer unpacker ({error}); unpack it yourself."
+        ) from None
+    except UNREADABLE as error:
+        raise UserError(
+            f"{shown(path)}: is not a zip archive, or a damaged one ({error})."
+        ) from None
     with archive:
         left = allowed_size(path.stat().st_size)
         for member in sorted(archive.infolist(), key=_member_name):
             inside = _member_name(member)
             parts = PurePosixPath(inside).parts
-            name = f"{path}!{inside}"
+            name = f"{shown(path)}!{inside}"
             if member.is_dir() or any(_is_hidden(part) for part in parts):
                 continue
             suffix = PurePosixPath(inside).suffix.lower()
@@ -114,8 +133,9 @@ def _members(path: Path, bad: Callable[[str], None]) -> Iterator[Source]:
                 bad(f"{name}: is an archive inside of an archive; unpack the outer one.")
             elif member.file_size > left:
                 raise UserError(
-                    f"{path}: unpacks to more than {human_bytes(allowed_size(path.stat().st_size))}"
-                    ", which no text of its size does; unpack it yourself if it is what you want."
+                    f"{shown(path)}: unpacks to more than "
+                    f"{human_bytes(allowed_size(path.stat().st_size))}, which no text of its size "
+                    "does; unpack it yourself if it is what you want."
                 )
             else:
                 left -= member.file_size  # of all members together: they may overlap in the file
@@ -128,7 +148,7 @@ def _opener(
     def open_member() -> IO[bytes]:
         try:
             stream = archive.open(member)
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        except UNREADABLE as error:
             raise UserError(f"{name}: cannot be unpacked ({error}).") from None
         return io.BufferedReader(_Limited(stream, member.file_size, name), 1 << 20)
 

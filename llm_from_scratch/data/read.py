@@ -16,10 +16,11 @@ from pathlib import Path
 
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.data.aozora import clean_aozora, is_aozora
-from llm_from_scratch.data.archives import Source, open_sources
+from llm_from_scratch.data.archives import Source, open_sources, shown
 from llm_from_scratch.data.decode_bytes import decode_text
 from llm_from_scratch.data.tables import TABLES, rows_of
 
+PYTHON = "python"  # among --data no path, but the corpus of `python_corpus`
 _BINARY_ENDINGS = """
     .7z .a .aac .avi .bin .bmp .bz2 .class .ckpt .db .dll .doc .docx .dylib .eot .epub .exe .flac
     .gguf .gif .h5 .ico .index .jar .jpeg .jpg .ko .lib .m4a .mid .mkv .mo .mov .mp3 .mp4 .npy .npz
@@ -104,8 +105,11 @@ def read_documents(
     if not paths:
         raise UserError("No text was given; name files or folders with --data.")
     for path in paths:
-        if not Path(path).exists():
-            raise UserError(f"{path} does not exist; check the path given as --data.")
+        if Path(path).exists():
+            continue
+        if str(path) == PYTHON:
+            raise UserError("The corpus python stands alone; leave out the other files or python.")
+        raise UserError(f"{shown(path)} does not exist; check the path given as --data.")
     reading = _Reading(on_bad, report if report is not None else ReadReport(), text_field)
     return reading.documents([Path(path) for path in paths])
 
@@ -123,7 +127,7 @@ class _Reading:
             for file, named in self._files(path):
                 yield from self._file(file, named)
         if self.report.documents == 0:
-            where = ", ".join(str(path) for path in paths)
+            where = ", ".join(map(shown, paths))
             reason = f" ({self.report.bad[0].rstrip('.')})" if self.report.bad else ""
             raise UserError(f"No text was found in {where}{reason}; give files with text.")
 
@@ -151,12 +155,12 @@ class _Reading:
                 yield file, False
 
     def _unreadable_folder(self, error: OSError) -> None:
-        self._bad(f"{error.filename}: the folder cannot be read ({error.strerror}).")
+        self._bad(f"{shown(error.filename)}: the folder cannot be read ({error.strerror}).")
 
     def _file(self, path: Path, named: bool) -> Iterator[Document]:
         try:
             for source in open_sources(path, self._bad):
-                member = source.name != str(path)
+                member = source.name != shown(path)
                 if source.suffix in BINARY_SUFFIXES and (member or not named):
                     self.report.passed_over += 1
                     continue
@@ -164,7 +168,7 @@ class _Reading:
         except UserError as error:
             self._bad(str(error))
         except OSError as error:
-            self._bad(f"{path}: cannot be read ({error.strerror or error}).")
+            self._bad(f"{shown(path)}: cannot be read ({error.strerror or error}).")
 
     def _source(self, source: Source) -> Iterator[Document]:
         before = self.report.documents

@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 
 from llm_from_scratch.core.errors import UserError
-from llm_from_scratch.text.formats import Spec
+from llm_from_scratch.text.checks import Spec
 
 
 def open_backend(spec: Spec, *, special: bool) -> tokenizers.Tokenizer:

@@ -16,7 +16,8 @@ import regex
 
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.text.bpe import Merge, encode_word
-from llm_from_scratch.text.formats import Spec, is_byte_level
+from llm_from_scratch.text.checks import Spec
+from llm_from_scratch.text.formats import is_byte_level
 from llm_from_scratch.text.pretokenize import (
     GPT2_PATTERN,
     from_letters,

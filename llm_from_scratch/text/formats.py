@@ -18,6 +18,16 @@ from typing import Any
 
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.core.files import write_aside
+from llm_from_scratch.core.json_files import read_json_object
+from llm_from_scratch.text.checks import (
+    REMEDY,
+    ROLES,
+    Config,
+    Spec,
+    check_config,
+    check_ids,
+    token_text,
+)
 from llm_from_scratch.text.pretokenize import (
     GPT2_PATTERN,
     byte_letters,
@@ -25,12 +35,8 @@ from llm_from_scratch.text.pretokenize import (
     to_letters,
 )
 
-Spec = dict[str, Any]
-Config = dict[str, Any]
-
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
-ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 # Which token plays which part, where only the names can tell; the first that is there.
 ROLE_NAMES = {
     "bos_token": ("<s>", "<|bos|>", "<|begin_of_text|>", "[BOS]", END_OF_TEXT),
@@ -187,29 +193,6 @@ def guess_roles(special: Sequence[str]) -> Config:
 # ------------------------------------------------------------------------- reading
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file, or a `UserError` that names it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give a folder with a tokenizer.json.") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text, so it is no tokenizer file.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON (line {error.lineno}: {error.msg}): fetch it again."
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object, so it is no tokenizer file.")
-    return content
-
-
 def read_tokenizer(path: Path | str) -> tuple[Spec, Config]:
     """Spec and config of a folder or a file: `tokenizer.json`, or `vocab.json` + `merges.txt`."""
     path = Path(path)
@@ -218,9 +201,9 @@ def read_tokenizer(path: Path | str) -> tuple[Spec, Config]:
         raise UserError(f"{path} does not exist: give a folder with a tokenizer.json.")
     config = _read_config(folder)
     if path.is_file() and path.name not in ("vocab.json", "merges.txt"):
-        return _check_spec(read_json(path), path), config
+        return read_json_object(path, REMEDY), config
     if path.is_dir() and (folder / "tokenizer.json").is_file():
-        return _check_spec(read_json(folder / "tokenizer.json"), folder / "tokenizer.json"), config
+        return read_json_object(folder / "tokenizer.json", REMEDY), config
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return read_vocab_and_merges(folder / "vocab.json", folder / "merges.txt", config), config
     found = sorted(p.name for p in folder.iterdir() if "token" in p.name or "vocab" in p.name)
@@ -228,54 +211,51 @@ def read_tokenizer(path: Path | str) -> tuple[Spec, Config]:
     raise UserError(f"{folder} has no tokenizer.json and no vocab.json with merges.txt{has}.")
 
 
-def _check_spec(spec: Any, path: Path) -> Spec:
-    model = spec.get("model") if isinstance(spec, dict) else None
-    if not isinstance(model, dict) or "vocab" not in model:
-        raise UserError(f"{path} is JSON but no tokenizer.json: it has no model with a vocabulary.")
-    return spec
-
-
 def _read_config(folder: Path) -> Config:
     """`tokenizer_config.json` and, where it is silent, the files of older and newer layouts."""
     config: Config = {}
-    if (folder / "special_tokens_map.json").is_file():
-        config |= _read_object(folder / "special_tokens_map.json")
-    if (folder / "tokenizer_config.json").is_file():
-        known = _read_object(folder / "tokenizer_config.json")
+    if (path := folder / "special_tokens_map.json").is_file():
+        config |= check_config(read_json_object(path, REMEDY), path)
+    if (path := folder / "tokenizer_config.json").is_file():
+        known = check_config(read_json_object(path, REMEDY), path)
         config |= {key: value for key, value in known.items() if value is not None}
-    if (folder / "added_tokens.json").is_file():
-        config["added_tokens.json"] = _read_object(folder / "added_tokens.json")
-    for role in ROLES:
-        if isinstance(config.get(role), dict):
-            config[role] = config[role]["content"]
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several templates with names
-        named = {entry["name"]: entry["template"] for entry in template}
-        config["chat_template"] = named.get("default", next(iter(named.values()), None))
-    if (folder / "chat_template.jinja").is_file():
-        config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    elif (folder / "chat_template.json").is_file():
-        config["chat_template"] = _read_object(folder / "chat_template.json").get("chat_template")
+    if (path := folder / "added_tokens.json").is_file():
+        config["added_tokens.json"] = check_ids(read_json_object(path, REMEDY), path)
+    if (path := folder / "chat_template.jinja").is_file():
+        try:
+            config["chat_template"] = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path} is not UTF-8 text (byte {error.start}); {REMEDY}, or remove it."
+            ) from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); {REMEDY}.") from error
+    elif (path := folder / "chat_template.json").is_file():
+        known = check_config(read_json_object(path, REMEDY), path)
+        config["chat_template"] = known.get("chat_template")
     return config
 
 
 def read_vocab_and_merges(vocab: Path, merges: Path, config: Config | None = None) -> Spec:
     """The spec of a byte-level tokenizer in GPT-2's two files; special tokens as `config` says."""
     config = config or {}
-    tokens: dict[str, int] = _read_object(vocab)
+    tokens = check_ids(read_json_object(vocab, REMEDY), vocab)
     if missing := [letter for letter in byte_letters() if letter not in tokens]:
         raise UserError(
             f"{vocab} is not a byte-level vocabulary: it lacks the byte {missing[0]!r}. Convert "
             "this tokenizer to tokenizer.json first."
         )
-    lines = merges.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        lines = merges.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise UserError(f"{merges} cannot be read ({error.strerror}); {REMEDY}.") from error
     if lines and lines[0].startswith("#version"):
         lines = lines[1:]
     added: dict[str, int] = dict(config.get("added_tokens.json", {}))
-    for number, entry in config.get("added_tokens_decoder", {}).items():
+    for number, entry in (config.get("added_tokens_decoder") or {}).items():
         added[entry["content"]] = int(number)
     roles = [config[role] for role in ROLES if config.get(role)]
-    extra = [_content(token) for token in config.get("additional_special_tokens", [])]
+    extra = [token_text(token) for token in config.get("additional_special_tokens") or []]
     default = [END_OF_TEXT] if not roles and END_OF_TEXT in tokens else []
     tokens |= added
     named = [*roles, *extra, *added, *default]
@@ -286,10 +266,6 @@ def read_vocab_and_merges(vocab: Path, merges: Path, config: Config | None = Non
         special=special,
         add_prefix_space=bool(config.get("add_prefix_space", False)),
     )
-
-
-def _content(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else str(token)
 
 
 def read_tiktoken(

@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from llm_from_scratch.text.formats import Spec, is_byte_level, token_to_bytes
+from llm_from_scratch.text.checks import Spec
+from llm_from_scratch.text.formats import is_byte_level, token_to_bytes
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 

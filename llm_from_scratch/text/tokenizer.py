@@ -12,18 +12,16 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
 from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.core.json_files import read_json_object
 from llm_from_scratch.text.backend import inert_spec, open_backend, sibling
+from llm_from_scratch.text.checks import REMEDY, Config, Spec, check_spec, stop_ids
 from llm_from_scratch.text.formats import (
-    Config,
-    Spec,
     added_token,
     guess_roles,
-    read_json,
     read_tiktoken,
     read_tokenizer,
     write_tokenizer,
@@ -47,6 +45,18 @@ def without_surrogates(text: str) -> str:
     return text
 
 
+def _encode(backend: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
+    try:
+        # The "fast" call leaves out what is not asked for: where in the text each token was.
+        found = backend.encode_batch_fast(texts, add_special_tokens=False)
+    except Exception as error:  # a vocabulary that lacks the token which its rules call for
+        raise UserError(
+            f"The tokenizer cannot encode this text ({error}); its tokenizer.json is not sound, "
+            "fetch it again."
+        ) from error
+    return [one.ids for one in found]
+
+
 class Tokenizer:
     """A vocabulary and its rules. Make one with `load`, `from_spec`, or by training.
 
@@ -56,6 +66,7 @@ class Tokenizer:
     """
 
     def __init__(self, spec: Spec, config: Config | None = None) -> None:
+        check_spec(spec)
         self.spec = {**spec, "added_tokens": spec.get("added_tokens") or []}
         _ = self._plain  # a specification that cannot be used says so here
         self.config: Config = dict(config or {})
@@ -75,12 +86,16 @@ class Tokenizer:
     def load(cls, path: Path | str) -> Tokenizer:
         """Read a folder (`tokenizer.json`, or `vocab.json` and `merges.txt`) or a file."""
         spec, config = read_tokenizer(path)
-        tokenizer = cls.from_spec(spec, config)
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        try:
+            tokenizer = cls.from_spec(spec, config)
+        except UserError as error:
+            file = folder / "tokenizer.json"
+            raise UserError(f"{file if file.is_file() else path}: {error}") from error
         generation = folder / "generation_config.json"
         if generation.is_file():
-            ends = read_json(generation).get("eos_token_id") or []
-            tokenizer.extra_stop_ids.update(ends if isinstance(ends, list) else [ends])
+            values = read_json_object(generation, REMEDY)
+            tokenizer.extra_stop_ids |= stop_ids(values, generation)
         return tokenizer
 
     @classmethod
@@ -170,7 +185,7 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int | None:
         """The id of a token in the vocabulary's own notation, special ones included."""
-        number = self._plain.token_to_id(token)
+        number = self._plain.token_to_id(without_surrogates(token))
         return None if number is None else int(number)
 
     def _role(self, role: str) -> int | None:
@@ -255,8 +270,7 @@ class Tokenizer:
         backend = self._with_special if special else self._plain
         text = without_surrogates(text)
         self._check_characters(text, special)
-        # The "fast" call leaves out what is not asked for: where in the text each token was.
-        ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        ids = _encode(backend, [text])[0]
         return ids if special else self._disarmed(ids, text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -264,15 +278,14 @@ class Tokenizer:
         texts = [without_surrogates(text) for text in texts]
         for text in texts:
             self._check_characters(text, special=False)
-        found = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [self._disarmed(one.ids, text) for one, text in zip(found, texts, strict=True)]
+        found = _encode(self._plain, texts)
+        return [self._disarmed(ids, text) for ids, text in zip(found, texts, strict=True)]
 
     def _disarmed(self, ids: list[int], text: str) -> list[int]:
         """`ids`, or new ones if a special token came out of plain text."""
         if self._special_ids.isdisjoint(ids):
             return ids
-        inert: list[int] = self._inert.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        return inert
+        return _encode(self._inert, [text])[0]
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -350,8 +363,3 @@ class Tokenizer:
             spaces = len(data) - len(data.lstrip(b" "))
             data = data[min(spaces, self.bytes_rule.strip) :]
         return data.decode("utf-8", "replace")
-
-
-def as_tokenizer(value: Any) -> Tokenizer:
-    """`value` if it is a tokenizer, else what `Tokenizer.load` finds there."""
-    return value if isinstance(value, Tokenizer) else Tokenizer.load(value)

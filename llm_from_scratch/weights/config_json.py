@@ -5,6 +5,7 @@ Every value is checked as it is read, and refused by the name it has in the file
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,9 @@ from llm_from_scratch.model.config import ModelConfig, RopeScaling
 # No published model has sizes beyond these; a broken file easily has.
 LARGEST = 1 << 24
 MOST_LAYERS = 4096
+# Rotary angles are tables over all positions, whatever the size of the file that announces them.
+MOST_POSITIONS = 1 << 20
+MOST_ANGLES = MOST_POSITIONS * 128  # positions times features of a head: 1 GiB of table
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -44,6 +48,10 @@ class Fields:
             raise self.refuse(name, f"a whole number from 1 to {largest:,}")
         return value
 
+    def positions(self, name: str, head_dim: int = 1) -> int:
+        """A context's length, for whose every position `head_dim` angles will be tabled."""
+        return self.integer(name, min(MOST_POSITIONS, max(MOST_ANGLES // head_dim, 1)))
+
     def number(self, name: str) -> float:
         value = self.values.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e30:
@@ -67,6 +75,15 @@ class Fields:
         if self.integer(whole) % self.integer(parts):
             raise self.refuse(whole, f"a multiple of '{parts}' ({self.integer(parts)})")
         return self.integer(whole) // self.integer(parts)
+
+
+def check_sizes(config: ModelConfig, where: str) -> None:
+    """Raise `UserError` for an architecture with larger numbers than a config.json may have."""
+    fields = Fields(dataclasses.asdict(config), {}, where)
+    fields.integer("n_layers", MOST_LAYERS)
+    fields.positions("max_seq_len", config.head_dim)
+    for name in ("d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff"):
+        fields.integer(name)
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
@@ -121,7 +138,7 @@ def read_llama(fields: Fields) -> ModelConfig:
         n_kv_heads=fields.integer("num_key_value_heads"),
         head_dim=fields.integer("head_dim"),
         d_ff=fields.integer("intermediate_size"),
-        max_seq_len=fields.integer("max_position_embeddings"),
+        max_seq_len=fields.positions("max_position_embeddings", fields.integer("head_dim")),
         norm_eps=fields.number("rms_norm_eps"),
         rope_theta=theta,
         rope_scaling=scaling,
@@ -223,7 +240,7 @@ def read_gpt2(fields: Fields) -> ModelConfig:
         n_kv_heads=heads,
         head_dim=fields.share("n_embd", "n_head"),
         d_ff=inner,
-        max_seq_len=fields.integer("n_positions"),
+        max_seq_len=fields.positions("n_positions"),
         norm="layer",
         norm_eps=fields.number("layer_norm_epsilon"),
         position="learned",

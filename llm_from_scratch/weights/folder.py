@@ -21,9 +21,11 @@ from torch import Tensor
 
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.core.files import folder_aside
+from llm_from_scratch.core.json_files import read_json_object
 from llm_from_scratch.model.decoder import Decoder
+from llm_from_scratch.text.checks import stop_ids
 from llm_from_scratch.text.tokenizer import Tokenizer
-from llm_from_scratch.weights.assemble import complete, empty_decoder, put, read_json, undisturbed
+from llm_from_scratch.weights.assemble import complete, empty_decoder, put, undisturbed
 from llm_from_scratch.weights.families import Entry, Family, family_of, read_config
 
 SHARD_BYTES = 5_000_000_000
@@ -54,7 +56,7 @@ class StoredTensors:
                 file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
             except FileNotFoundError:
                 raise UserError(f"{folder / INDEX} names {path.name}, which is missing.") from None
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, ValueError) as error:
                 raise UserError(
                     f"{path} is truncated or not a safetensors file ({error}); copy it anew."
                 ) from error
@@ -88,7 +90,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        table = read_json(folder / INDEX).get("weight_map")
+        table = read_json_object(folder / INDEX).get("weight_map")
         if not isinstance(table, dict) or not table:
             raise UserError(f"{folder / INDEX} has no 'weight_map'; copy the model anew.")
         names = sorted({str(name) for name in table.values()})
@@ -196,15 +198,13 @@ def load_folder(
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"There is no model folder {folder}.")
-    values = read_json(folder / "config.json")
+    values = read_json_object(folder / "config.json")
     family, config = read_config(values, str(folder / "config.json"))
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
     check_vocabulary(config.vocab_size, tokenizer, folder)
     if tokenizer is not None:
         # Chat models often list their end-of-turn tokens here and not in the tokenizer's files.
-        ends = values.get("eos_token_id")
-        ends = ends if isinstance(ends, list) else [ends]
-        tokenizer.extra_stop_ids.update(end for end in ends if isinstance(end, int))
+        tokenizer.extra_stop_ids |= stop_ids(values, folder / "config.json")
     model = empty_decoder(config)
     entries = list(family.entries(config, dict(model.named_parameters())))
     with open_tensors(folder) as tensors:

@@ -86,7 +86,7 @@ def read_config(file: GGUF) -> ModelConfig:
         n_kv_heads=fields.integer("llama.attention.head_count_kv"),
         head_dim=head_dim,
         d_ff=fields.integer("llama.feed_forward_length"),
-        max_seq_len=fields.integer("llama.context_length"),
+        max_seq_len=fields.positions("llama.context_length", head_dim),
         norm_eps=_short(fields.number("llama.attention.layer_norm_rms_epsilon")),
         rope_theta=_short(fields.number("llama.rope.freq_base")),
         attention_bias="blk.0.attn_q.bias" in file.tensors,

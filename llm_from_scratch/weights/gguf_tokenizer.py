@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_from_scratch.core.errors import UserError, nearest
-from llm_from_scratch.text.formats import Spec, added_token, bpe_spec, byte_level
+from llm_from_scratch.text.checks import Spec
+from llm_from_scratch.text.formats import added_token, bpe_spec, byte_level
 from llm_from_scratch.text.pretokenize import GPT2_PATTERN
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.weights.gguf import GGUF

@@ -13,15 +13,16 @@ from llm_from_scratch.core.errors import UserError, nearest
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.presets import ModelSettings, resolve
 from llm_from_scratch.text.tokenizer import Tokenizer
-from llm_from_scratch.weights.assemble import complete, empty_decoder, put, read_json
+from llm_from_scratch.weights.assemble import complete, empty_decoder, put
 from llm_from_scratch.weights.catalogue import CATALOGUE, Report, local_file, pull, to_stderr
+from llm_from_scratch.weights.config_json import check_sizes
 from llm_from_scratch.weights.folder import is_model_folder, load_folder, open_tensors
 from llm_from_scratch.weights.gguf_llama import load_gguf
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+STEP = re.compile(r"step-[0-9]+")
 # What a hub folder needs; never a pickle, never another framework's copy of the weights.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "LICENSE*"]
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 DTYPES = {
     "fp32": torch.float32,
     "float32": torch.float32,
@@ -63,9 +64,9 @@ def _inside(folder: Path) -> Path:
         return folder
     if is_model_folder(folder / "model"):
         return folder / "model"
-    if re.fullmatch(r"step-\d+", folder.name) and (folder / "state.json").is_file():
+    if _is_checkpoint(folder):
         return folder
-    steps = [p for p in (folder / "checkpoints").glob("step-*") if (p / "state.json").is_file()]
+    steps = [path for path in (folder / "checkpoints").glob("step-*") if _is_checkpoint(path)]
     if steps:
         return max(steps, key=lambda p: int(p.name.removeprefix("step-")))
     files = sorted(folder.glob("*.gguf"))
@@ -77,6 +78,10 @@ def _inside(folder: Path) -> Path:
             f"scratchlm pretrain --out {folder} --resume"
         )
     raise UserError(f"{folder} is not a model folder (no config.json) nor a run folder.")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return bool(STEP.fullmatch(folder.name)) and (folder / "state.json").is_file()
 
 
 def _known_file(path: Path) -> Path:
@@ -124,38 +129,20 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def recommended_sampling(model: str | Path) -> dict[str, float]:
-    """The sampling settings that a model's authors recommend; {} where they say nothing.
-
-    From `generation_config.json`, or the catalogue. Nothing is fetched.
-    """
-    if str(model) in CATALOGUE and not Path(model).exists():
-        return dict(CATALOGUE[str(model)].sampling)
-    path = Path(model).expanduser()
-    folders = [folder for folder in (path, path / "model") if is_model_folder(folder)]
-    if not folders or not (folders[0] / "generation_config.json").is_file():
-        return {}
-    values = read_json(folders[0] / "generation_config.json")
-    if values.get("do_sample") is False:
-        return {"temperature": 0.0}
-    found = {name: values.get(name) for name in SAMPLING}
-    return {
-        name: value
-        for name, value in found.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-
-
 def _load_checkpoint(folder: Path, device: torch.device) -> tuple[Decoder, Tokenizer]:
     """The weights of a run that has not saved a model yet: what config.yaml describes."""
     run = folder.parent.parent
     values = read_yaml(run / "config.yaml")
     tokenizer = Tokenizer.load(run / "tokenizer")
     settings = from_dict(ModelSettings, values.get("model") or {}, "model")
-    seq_len = (values.get("data") or {}).get("seq_len")
+    data = values.get("data")
+    seq_len = data.get("seq_len") if isinstance(data, dict) else None
     if not isinstance(seq_len, int):
         raise UserError(f"{run / 'config.yaml'} has no whole number as data.seq_len.")
-    model = empty_decoder(resolve(settings, tokenizer.vocab_size, seq_len))
+    config = resolve(settings, tokenizer.vocab_size, seq_len)
+    # The file may be anybody's: the same limits as for the numbers of a config.json.
+    check_sizes(config, str(run / "config.yaml"))
+    model = empty_decoder(config)
     with torch.no_grad(), open_tensors(folder) as tensors:
         for name, parameter in list(model.named_parameters()):
             if name not in tensors.files or tensors.shape(name) != tuple(parameter.shape):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import shutil
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,12 @@ def _texts(folder: Path) -> None:
     (folder / "titles.jsonl").write_text('{"title": "a row"}\n' * 3, "utf-8")
     (folder / "table.csv").write_text("id,body\n1,words\n", "utf-8")
     (folder / "books.zip").write_bytes(b"PK\x03\x04 this is no archive")
+    newer = io.BytesIO()
+    with zipfile.ZipFile(newer, "w") as archive:
+        archive.writestr("a.txt", "words")
+    data = bytearray(newer.getvalue())
+    data[data.index(b"PK\x01\x02") + 6] = 99  # the version that is needed to unpack it
+    (folder / "newer.zip").write_bytes(data)
     (folder / "books.txt.gz").write_bytes(b"this is no archive either")
     (folder / "image.txt").write_bytes(bytes(4096))
 
@@ -95,6 +103,28 @@ def _models(folder: Path) -> None:
     variant("odd-model", fields(num_attention_heads=3))
     variant("mute-model", lambda path: (path / "tokenizer.json").unlink())
     variant("bare-model", lambda path: (path / "model.safetensors").unlink())
+
+    def written(name: str, content: bytes) -> Callable[[Path], None]:
+        return lambda path: (path / name).write_bytes(content) and None
+
+    def with_template(template: str) -> Callable[[Path], None]:
+        return written("chat_template.jinja", template.encode())
+
+    def giant_id(path: Path) -> None:
+        values = json.loads((path / "tokenizer.json").read_text("utf-8"))
+        values["added_tokens"][0]["id"] = 4_000_000_000
+        (path / "tokenizer.json").write_text(json.dumps(values), "utf-8")
+
+    twice = "{% set ns.x = ns.x ~ ns.x %}"
+    doubling = "{% set ns = namespace(x='a') %}{% for i in range(40) %}" + twice + "{% endfor %}"
+    variant("endless-model", written("generation_config.json", b'{"eos_token_id": {"a": 1}}'))
+    variant("listed-model", written("generation_config.json", b"[]"))
+    variant("latin-model", written("chat_template.jinja", b"caf\xe9"))
+    variant("nameless-model", written("tokenizer_config.json", b'{"chat_template": [{}]}'))
+    variant("deep-model", written("config.json", b"[" * 200_000))
+    variant("long-model", fields(max_position_embeddings=1 << 24))
+    variant("giant-model", giant_id)
+    variant("doubling-model", with_template(doubling))
     variant("broken-config", lambda path: _halve(path / "config.json"))
     variant("broken-tokenizer", lambda path: _halve(path / "tokenizer.json"))
     (folder / "old.bin").write_bytes(b"\x80\x02}q\x00.")

@@ -96,6 +96,53 @@ def test_show_reads_standard_input_and_run_folders(
         assert json.loads(capsys.readouterr().out)["characters"] == 3
 
 
+def stdin_of(data: bytes, encoding: str = "utf-8") -> io.TextIOWrapper:
+    """Standard input as Python opens it, under a locale's encoding."""
+    return io.TextIOWrapper(io.BytesIO(data), encoding=encoding, errors="surrogateescape")
+
+
+def test_standard_input_is_utf8_whatever_the_locale(
+    corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    train(corpus, "--vocab_size", "280")
+    words = ["tokenizer", "show", str(corpus.parent / "out"), "-", "--json"]
+    capsys.readouterr()
+    for encoding in ("utf-8", "ascii", "cp1252"):
+        monkeypatch.setattr("sys.stdin", stdin_of("猫 sat\r\n".encode(), encoding))
+        assert run(words) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert (shown["characters"], shown["bytes"]) == (6, 8)
+        monkeypatch.setattr("sys.stdin", stdin_of(b"a line\n\xff\xfe", encoding))
+        with pytest.raises(UserError, match="Standard input is not UTF-8 text; convert it first"):
+            run(words)
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UserError, match="no text to show"):
+        run(words)
+
+
+def test_a_text_that_is_not_utf8(corpus: Path, capsys: pytest.CaptureFixture[str]):
+    train(corpus, "--vocab_size", "280")
+    folder = str(corpus.parent / "out")
+    capsys.readouterr()
+    assert run(["tokenizer", "show", folder, "a\udcff"]) == 0  # as Python has such arguments
+    assert "2 characters" in capsys.readouterr().out
+
+
+def test_broken_rows_and_other_fields(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [{"body": "the cat sat " * 20}, {"body": 7}]
+    corpus = tmp_path / "rows.jsonl"
+    corpus.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    with pytest.raises(UserError, match="have no text 'text' but body"):
+        train(corpus)
+    assert train(corpus, "--data.text_field", "body", "--vocab_size", "270").vocab_size <= 270
+    assert "1 broken and left out" in capsys.readouterr().err
+    flags = ["--data.text-field", "body", "--data.on_bad", "stop"]
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: 'body' is not a text"):
+        train(corpus, *flags)
+    with pytest.raises(UserError, match=r"no flag --on_bad\. Did you mean '--data\.on_bad'"):
+        train(corpus, "--on_bad", "stop")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -140,6 +187,9 @@ def test_a_conversation_shows_what_is_learned(
     tokens = json.loads(capsys.readouterr().out)["tokens"]
     learned = "".join(t["text"] for t in tokens if t["loss"])
     assert learned.startswith("world<|im_end|>")
+    file.write_bytes(b"[" * 200_000)
+    with pytest.raises(UserError, match="nested too deeply"):
+        run(["tokenizer", "show", str(tmp_path / "t"), "--chat", str(file)])
     file.write_text('"text"')
     with pytest.raises(UserError, match="must hold a list"):
         run(["tokenizer", "show", str(tmp_path / "t"), "--chat", str(file)])

@@ -78,6 +78,27 @@ def test_a_prompt_from_stdin(
     assert json.loads(capsys.readouterr().out)["prompt"] == "むかしむかし"
 
 
+def stdin_of(data: bytes) -> io.TextIOWrapper:
+    """Standard input under a locale that lets every byte pass."""
+    return io.TextIOWrapper(io.BytesIO(data), encoding="ascii", errors="surrogateescape")
+
+
+def test_standard_input_is_utf8_whatever_the_locale(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ["--max_new_tokens", "3", "--json"]
+    monkeypatch.setattr("sys.stdin", stdin_of("むかし\r\nむかし\r\n".encode()))
+    assert run(["generate", folder, "-", *few]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "むかし\nむかし"
+    monkeypatch.setattr("sys.stdin", stdin_of("名前\r\n".encode()))
+    assert run(["chat", folder, *few]) == 0
+    assert json.loads(capsys.readouterr().out)["message"] == "名前"
+    for verb in (["generate", folder, "-"], ["chat", folder]):
+        monkeypatch.setattr("sys.stdin", stdin_of("日本".encode("cp932")))
+        with pytest.raises(UserError, match="Standard input is not UTF-8 text; convert it first"):
+            run([*verb, *few])
+
+
 def test_chat_uses_the_template(chat_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", chat_folder, "hello", "--chat", "--max_new_tokens", "5", "--json"]
     assert run(command) == 0

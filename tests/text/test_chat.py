@@ -334,6 +334,9 @@ def _shared() -> Tokenizer:
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "failed"),
         ("{% for %}", r"not valid Jinja \(line 1\)"),
         ("{{ '\ue0f0' }}{% generation %}{% endgeneration %}", "nests"),
+        ("{% for x in y %}" * 30 + "{% endfor %}" * 30, "cannot be used"),
+        ("{{ (1).to_bytes(10**10, 'big') }}", "refused"),
+        ("{{ 1.5 | round(10**9, 'ceil') }}", "huge number"),
     ],
 )
 def test_hostile_and_broken_templates_give_a_sentence(

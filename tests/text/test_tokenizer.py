@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.text.encoder import ReadableEncoder, explain_word
 from llm_from_scratch.text.formats import added_token
-from llm_from_scratch.text.tokenizer import END_OF_TURN, Tokenizer, as_tokenizer
+from llm_from_scratch.text.tokenizer import END_OF_TURN, Tokenizer
 from llm_from_scratch.text.training import train_tokenizer
 
 ENGLISH = "The cat sat on the mat; the other cats' mat was flat. I'm sure that's that.\n" * 5
@@ -210,7 +210,6 @@ def test_tokens_to_print():
     assert tokenizer.decode([0, first], skip_special=True) == "\ufffd"
     assert tokenizer.token_id("Ġthe") == tokenizer.encode(" the")[0]
     assert repr(tokenizer) == "Tokenizer(kind='bpe', vocab_size=340)"
-    assert as_tokenizer(tokenizer) is tokenizer
 
 
 def test_stages_of_a_word():

@@ -148,6 +148,7 @@ def _set(writer: GGUFWriter, key: str, value: Any) -> None:
         ("llama.attention.head_count_kv", 3, "multiple of"),
         ("llama.feed_forward_length", 500, "has the shape"),
         ("llama.rope.dimension_count", 32, "rope.dimension_count"),
+        ("llama.context_length", 1 << 24, "llama.context_length' is 16777216; .* to 1,048,576"),
     ],
 )
 def test_what_does_not_fit_is_named(

@@ -20,7 +20,7 @@ from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.weights import catalogue, sources
 from llm_from_scratch.weights.folder import save_folder
-from llm_from_scratch.weights.sources import load, locate, recommended_sampling
+from llm_from_scratch.weights.sources import load, locate
 
 Make = Callable[..., Decoder]
 
@@ -125,18 +125,6 @@ def test_wrong_names_and_files(
     (model_folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):
         load(model_folder, device="cpu")
-
-
-def test_recommended_sampling(model_folder: Path) -> None:
-    assert recommended_sampling("smollm2-135m") == {"temperature": 0.2, "top_p": 0.9}
-    assert recommended_sampling(model_folder) == {}
-    path = model_folder / "generation_config.json"
-    path.write_text('{"temperature": 0.6, "top_k": 20, "do_sample": true}', encoding="utf-8")
-    assert recommended_sampling(model_folder) == {"temperature": 0.6, "top_k": 20}
-    assert recommended_sampling(model_folder.parent) == {"temperature": 0.6, "top_k": 20}
-    path.write_text('{"do_sample": false}', encoding="utf-8")
-    assert recommended_sampling(model_folder) == {"temperature": 0.0}
-    assert recommended_sampling("no/such-model") == {}
 
 
 def test_hub_names(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +269,18 @@ def test_no_network_and_no_pip(tiny: catalogue.Package, monkeypatch: pytest.Monk
     )
     with pytest.raises(UserError, match="ensurepip"):
         catalogue.pull("tiny", lambda line: None)
+
+
+def test_nothing_in_the_current_folder_is_run(
+    tiny: catalogue.Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_wheel(tmp_path / "wheels", CONTENT)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    trap = "import pathlib\npathlib.Path('ran').touch()\nraise SystemExit('not the real one')\n"
+    (tmp_path / "here" / "pip.py").write_text(trap, encoding="utf-8")
+    assert catalogue.pull("tiny", lambda line: None).read_bytes() == CONTENT
+    assert not (tmp_path / "here" / "ran").exists()
 
 
 def test_commands(
