@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("bpe_training", "first_token", "train_speed", "tinyshakespeare", "quickstart", "tables")
+NAMES = (
+    "bpe_training", "first_token", "train_speed", "train_speed --part loss", "tinyshakespeare",
+    "quickstart", "tables",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -14,7 +17,8 @@ def main() -> None:
     failed = []
     for name in NAMES:
         print(f"\n== {name}\n", flush=True)
-        if subprocess.run([sys.executable, str(folder / f"{name}.py")]).returncode:
+        script, *flags = name.split()
+        if subprocess.run([sys.executable, str(folder / f"{script}.py"), *flags]).returncode:
             failed.append(name)
     sys.exit(f"Failed: {', '.join(failed)}" if failed else 0)
 

@@ -100,14 +100,14 @@ def train_speed(data: Row, ja: bool) -> str:
 def tinyshakespeare(data: Row, ja: bool) -> str:
     runs = data["results"]["runs"]
     head = (
-        ["シード", "損失（末尾 10 %）", "transformers で計算", "パラメータ", "秒"]
+        ["シード", "損失（末尾 10 %）", "transformers で計算", "パラメータ"]
         if ja
-        else ["seed", "loss on the last 10 %", "by transformers", "parameters", "seconds"]
+        else ["seed", "loss on the last 10 %", "by transformers", "parameters"]
     )
     rows = [
         [
             str(r["seed"]), f"{r['val_loss']:.4f}", f"{r['val_loss_by_transformers']:.4f}",
-            f"{r['parameters']:,}", f"{r['seconds']:.0f}",
+            f"{r['parameters']:,}",
         ]
         for r in runs
     ]  # fmt: skip

@@ -47,8 +47,6 @@ def gather_documents(
             "No text was given. Name files or folders with --data, or use --data python for the "
             "text that every Python carries."
         )
-    if PYTHON in paths and len(paths) > 1 and not Path(PYTHON).exists():
-        raise UserError("The corpus python stands alone; leave out the other files or python.")
     if tuple(paths) == (PYTHON,):
         train, held_out = python_corpus()
         say(f"Corpus python: {size_of(train)} to train on, {size_of(held_out)} held out.")

@@ -132,23 +132,38 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert_same(whole, both["grads"])
 
 
-def test_torchrun_trains_a_run_like_one_process(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    no_dropout = {"model": {"dropout": 0.0}, "train": {"max_steps": 3, "eval_every": 0}}
-    one = pretrain(config(tmp_path / "one", **no_dropout), quiet=True)
-    config(tmp_path / "two")  # writes the text
-    flags = (
-        "--train.max_steps 3 --train.eval_every 0 --train.batch_size 4 --train.precision fp32 "
-        "--train.seed 3 --train.warmup_steps 2 --data.seq_len 16 --data.val_fraction 0.1 "
-        "--tokenizer.vocab_size 300 --model.d_model 16 --model.n_layers 2 --model.n_heads 2"
-    )
-    command = torchrun(
-        "-m", "llm_from_scratch", "pretrain", "--data", str(tmp_path / "two" / "text.txt"),
-        "--out", str(tmp_path / "two" / "run"), *flags.split(),
-    )  # fmt: skip
+FLAGS = (
+    "--train.max_steps 4 --train.eval_every 0 --train.batch_size 4 --train.precision fp32 "
+    "--train.seed 3 --train.warmup_steps 2 --data.seq_len 16 --data.val_fraction 0.1 "
+    "--tokenizer.vocab_size 300 --model.d_model 16 --model.n_layers 2 --model.n_heads 2"
+).split()
+
+
+def train_in_two(folder: Path, *flags: str) -> Path:
+    """A run of two processes on the tiny text, into folder/run."""
+    folder.mkdir(exist_ok=True)
+    config(folder)  # writes the text
+    run = folder / "run"
+    data = [] if "--resume" in flags else ["--data", str(folder / "text.txt"), *FLAGS]
+    command = torchrun("-m", "llm_from_scratch", "pretrain", "--out", str(run), *data, *flags)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env=env, timeout=300, capture_output=True)
-    two = json.loads((tmp_path / "two" / "run" / "summary.json").read_text())
-    assert two["val_loss"] == pytest.approx(one.summary["val_loss"], abs=1e-4)
-    assert two["tokens"] == one.summary["tokens"]
+    return run
+
+
+def test_two_processes_train_like_one_and_resume_bitwise(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    no_dropout = {"model": {"dropout": 0.0}, "train": {"max_steps": 4, "eval_every": 0}}
+    one = pretrain(config(tmp_path / "one", **no_dropout), quiet=True)
+    two = train_in_two(tmp_path / "two")
+    summary = json.loads((two / "summary.json").read_text())
+    assert summary["val_loss"] == pytest.approx(one.summary["val_loss"], abs=1e-4)
+    assert summary["tokens"] == one.summary["tokens"]
+    train_in_two(tmp_path / "halved", "--train.stop_after", "2", "--model.dropout", "0.1")
+    train_in_two(tmp_path / "halved", "--resume")
+    train_in_two(tmp_path / "straight", "--model.dropout", "0.1")
+    first, second = (checkpoint_tensors(tmp_path / n, 4) for n in ("straight", "halved"))
+    assert first.keys() == second.keys()
+    assert {name.split(".")[1] for name in first if name.startswith("rng")} == {"0", "1"}
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
