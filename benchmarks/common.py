@@ -86,9 +86,7 @@ def record(out: Path, results: dict[str, Any], files: list[str], peers: list[str
     from importlib import metadata
 
     value = {
-        "command": " ".join(
-            ["python", *(Path(a).name if a == sys.argv[0] else a for a in sys.argv)]
-        ),
+        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "environment": environment(),

@@ -27,11 +27,13 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def machine(data: Row, ja: bool) -> str:
     e = data["environment"]
     made = data["commit"][:10]
+    script = data["command"].split()[1].rpartition("/")[2]
+    again = " ".join(["python", f"benchmarks/{script}", *data["command"].split()[2:]])
     torch = e["versions"]["torch"]
     where = f"{e['processor']}, {e['cores']} cores, Python {e['python']}, torch {torch}"
     if ja:
-        return f"測定環境: {where}。コミット `{made}`、{data['date']}。再測定: `{data['command']}`"
-    return f"Measured on {where}; commit `{made}`, {data['date']}. Again: `{data['command']}`"
+        return f"測定環境: {where}。コミット `{made}`、{data['date']}。再測定: `{again}`"
+    return f"Measured on {where}; commit `{made}`, {data['date']}. Again: `{again}`"
 
 
 def quickstart(data: Row, ja: bool) -> str:
@@ -81,7 +83,8 @@ def train_speed(data: Row, ja: bool) -> str:
             cells.append(f"{r['tokens_per_second'][name]:,.0f} ({r['ratio'][name]:.2f}x)")
         rows.append(cells)
     lines = [table(head, rows), ""]
-    for r in data["results"]["loss_after_200"]:
+    after = json.loads((RESULTS / "train_loss.json").read_text(encoding="utf-8"))["results"]
+    for r in after["loss_after_200"]:
         values = ", ".join(f"{n} {v:.4f}" for n, v in r["loss"].items())
         lines.append(
             f"{r['size']}: 同じ {r['steps']} バッチの後の損失は {values}。"

@@ -83,5 +83,5 @@ def test_training_speed_beside_transformers() -> None:
     for row in found["speed"]:
         least = 2.0 if row["size"] == "10.7M" else 1.4
         assert row["ratio"]["ours bf16"] >= least, row["size"]
-    for row in found["loss_after_200"]:
+    for row in results("train_loss")["loss_after_200"]:
         assert row["apart"]["ours bf16"] <= 0.01
