@@ -1,7 +1,8 @@
-"""The decoder-only transformer: GPT-2, Llama and Qwen3 are this file under different configs.
+"""The decoder-only transformer: every decoder family is this file under a different config.
 
 Read it from top to bottom: a block mixes positions (attention) and then works on each of them alone
-(feed-forward); the decoder embeds tokens, runs the blocks and turns the last state into logits.
+(feed-forward); a stack embeds tokens and runs the blocks; the decoder turns the last state into
+logits. `encoder.py` and `encoder_decoder.py` build on the same stack.
 
 Axes: b batch, t time, m features of the model, v vocabulary.
 """
@@ -9,6 +10,7 @@ Axes: b batch, t time, m features of the model, v vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,73 +19,155 @@ from torch import Tensor, nn
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.model.cache import KVCache, LayerCache
 from llm_from_scratch.model.config import ModelConfig
-from llm_from_scratch.model.layers import (
-    Attention,
-    FeedForward,
-    Linear,
-    make_norm,
-    rope_table,
+from llm_from_scratch.model.layers import Attention, Linear, make_norm
+from llm_from_scratch.model.parts import make_feed_forward, make_mixer
+from llm_from_scratch.model.positions import (
+    angles,
+    relative_buckets,
+    rope_frequencies,
+    rope_loudness,
     sinusoidal_positions,
 )
+from llm_from_scratch.model.sight import Sight, look
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)) (pre-norm residual block)."""
+    """Attention, then (where there is a source) attention to it, then feed-forward.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Each is a branch off the residual stream x. Where its norms stand is the config's `residual`:
+    pre x + f(norm(x)), post norm(x + f(x)), branch_end x + norm(f(x)), sandwich
+    x + norm(f(norm(x))) and parallel, which is pre with both branches taken off the same x.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.attention_norm = make_norm(config, config.d_model)
-        self.attention = Attention(config)
-        self.feed_forward_norm = make_norm(config, config.d_model)
-        self.feed_forward = FeedForward(config)
+        self.kind = config.residual
+        self.has_source = config.cross_attention
+        m = config.d_model
+        if layer > 0 or config.first_norm:
+            self.attention_norm = make_norm(config, m)
+        else:
+            self.attention_norm = nn.Identity()
+        self.attention = make_mixer(config, layer)
+        if config.cross_attention:
+            self.cross_norm = make_norm(config, m)
+            self.cross = Attention(config)
+        self.feed_forward_norm = make_norm(config, m)
+        self.feed_forward = make_feed_forward(config, layer)
+        if self.kind == "sandwich":
+            self.attention_end_norm = make_norm(config, m)
+            self.feed_forward_end_norm = make_norm(config, m)
 
-    def forward(
-        self,
-        x_btm: Tensor,
-        cos_sin: Tensor | None,
-        mask: Tensor | None,
-        causal: bool,
-        cache: LayerCache | None,
-    ) -> Tensor:
-        y_btm = self.attention(self.attention_norm(x_btm), cos_sin, mask, causal, cache)
-        x_btm = x_btm + F.dropout(y_btm, self.dropout, self.training)
-        y_btm = self.feed_forward(self.feed_forward_norm(x_btm))
+    def forward(self, x_btm: Tensor, sight: Sight, cache: LayerCache | None) -> Tensor:
+        def attention(y: Tensor) -> Tensor:
+            return self.attention(y, sight, cache)
+
+        if self.kind == "parallel":
+            y_btm = self.feed_forward(self.feed_forward_norm(x_btm))
+            y_btm = F.dropout(y_btm, self.dropout, self.training)
+            return self.branch(x_btm, "attention", attention) + y_btm
+        x_btm = self.branch(x_btm, "attention", attention)
+        if self.has_source:
+            x_btm = self.branch(x_btm, "cross", lambda y: self.cross.look_across(y, sight, cache))
+        return self.branch(x_btm, "feed_forward", self.feed_forward)
+
+    def branch(self, x_btm: Tensor, name: str, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """x with what the branch adds to it."""
+        norm: nn.Module = getattr(self, f"{name}_norm")
+        if self.kind == "post":
+            return norm(x_btm + F.dropout(run(x_btm), self.dropout, self.training))
+        y_btm = norm(run(x_btm)) if self.kind == "branch_end" else run(norm(x_btm))
+        if self.kind == "sandwich":
+            y_btm = getattr(self, f"{name}_end_norm")(y_btm)
         return x_btm + F.dropout(y_btm, self.dropout, self.training)
 
 
-class Decoder(nn.Module):
-    """Token ids in, next-token logits out.
+class Stack(nn.Module):
+    """Embedded tokens and a pile of blocks: what decoder and encoder have in common.
 
     `compute_dtype` is the precision of the activations; None means that of the weights. Training
     keeps fp32 weights and computes in bf16 where that is faster.
     """
 
-    table: Tensor
+    compute_dtype: torch.dtype | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.compute_dtype: torch.dtype | None = None
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        m = config.d_model
+        self.embedding = nn.Embedding(config.vocab_size, m)
         if config.position == "learned":
-            self.positions = nn.Embedding(config.max_seq_len, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.final_norm = make_norm(config, config.d_model)
-        self.head = Linear(config.d_model, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+            self.positions = nn.Embedding(config.max_seq_len + config.position_offset, m)
+        if config.n_segments:
+            self.segments = nn.Embedding(config.n_segments, m)
+        if config.embedding_norm:
+            self.embedding_norm = make_norm(config, m)
+        if config.relative_buckets:
+            self.relative_bias = nn.Embedding(config.relative_buckets, config.n_heads)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.final_norm = make_norm(config, m) if config.final_norm else nn.Identity()
         if not self.embedding.weight.is_meta:  # else whoever brings the weights calls it
-            self.make_tables()
+            self.make_frequencies()
 
-    def make_tables(self) -> None:
-        """(Re)compute the position table, which is not a weight and is never saved."""
-        table = None
-        if self.config.position == "rope":
-            table = rope_table(self.config)
-        elif self.config.position == "sinusoidal":
-            table = sinusoidal_positions(self.config.max_seq_len, self.config.d_model)
-        self.register_buffer("table", table, persistent=False)
+    def make_frequencies(self) -> None:
+        """(Re)compute the rotary frequencies, which are no weights and are never saved."""
+        config, plain, local = self.config, None, None
+        if config.position == "rope":
+            plain = rope_frequencies(config.rope_dim, config.rope_theta, config.rope_scaling)
+            if config.local_rope_theta is not None:
+                local = rope_frequencies(config.rope_dim, config.local_rope_theta, None)
+        self.register_buffer("frequencies", plain, persistent=False)
+        self.register_buffer("local_frequencies", local, persistent=False)
+
+    def embed(self, tokens_bt: Tensor, positions: Tensor, segments_bt: Tensor | None) -> Tensor:
+        """What enters the first block: (b, t, m)."""
+        config = self.config
+        x_btm = self.embedding(tokens_bt)
+        if config.scale_embedding:
+            x_btm = x_btm * math.sqrt(config.d_model)
+        if config.n_segments:
+            zero = tokens_bt.new_zeros(())
+            x_btm = x_btm + self.segments(zero if segments_bt is None else segments_bt)
+        if config.position == "learned":
+            x_btm = x_btm + self.positions(positions + config.position_offset)
+        elif config.position == "sinusoidal":
+            x_btm = x_btm + sinusoidal_positions(positions, config.d_model).to(x_btm.dtype)
+        if config.embedding_norm:
+            x_btm = self.embedding_norm(x_btm)
+        x_btm = x_btm.to(self.compute_dtype or x_btm.dtype)
+        return F.dropout(x_btm, config.dropout, self.training)
+
+    def sight(self, tokens_bt: Tensor, documents_bt: Tensor | None, cache: KVCache | None) -> Sight:
+        """Who looks at whom, and from where."""
+        config = self.config
+        sight = look(config, tokens_bt, documents_bt, cache)
+        if config.position == "rope":
+            loudness = rope_loudness(config.rope_scaling)
+            sight.angles = angles(sight.positions, self.frequencies, loudness)
+            if self.local_frequencies is not None:
+                sight.window_angles = angles(sight.positions, self.local_frequencies)
+        if config.relative_buckets:
+            keys = sight.positions
+            if cache is not None:
+                keys = torch.arange(cache.longest + tokens_bt.shape[1], device=keys.device)
+            buckets = relative_buckets(keys[..., None, :] - sight.positions[..., None], config)
+            bias = self.relative_bias(buckets).movedim(-1, -3)  # (h, t, s) or (b, h, t, s)
+            sight.bias = bias if bias.dim() == 4 else bias[None]
+        return sight
+
+    def run(self, x_btm: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
+        """Through all blocks and the last norm: (b, t, m)."""
+        for layer, block in enumerate(self.blocks):
+            x_btm = block(x_btm, sight, cache.layer(layer) if cache is not None else None)
+        return self.final_norm(x_btm)
+
+    def check_length(self, t: int) -> None:
+        if t > self.config.max_seq_len:
+            raise UserError(
+                f"{t} tokens were given, but the model's context is {self.config.max_seq_len} "
+                "tokens. Give a shorter text."
+            )
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -95,13 +179,26 @@ class Decoder(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
-                parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+                one = name.endswith("norm.weight") and self.config.norm != "rms_plus_one"
+                parameter.fill_(1.0 if one else 0.0)
                 continue
             std = self.config.init_std
-            if name.endswith(("attention.o.weight", "feed_forward.down.weight")):
+            if name.endswith(
+                ("attention.o.weight", "feed_forward.down.weight", "feed_forward.down")
+            ):
                 std /= math.sqrt(2 * self.config.n_layers)
             drawn = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
             parameter.copy_(drawn)
+
+
+class Decoder(Stack):
+    """Token ids in, next-token logits out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.head = Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
 
     def forward(
         self,
@@ -115,7 +212,11 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_btm: Tensor) -> Tensor:
         """Scores of every vocabulary entry: (..., m) -> (..., v)."""
-        return self.head(hidden_btm)
+        if self.config.scale_logits:
+            hidden_btm = hidden_btm * self.config.d_model**-0.5
+        logits = self.head(hidden_btm)
+        softcap = self.config.logit_softcap
+        return logits if softcap is None else (logits / softcap).tanh() * softcap
 
     def hidden(
         self,
@@ -123,58 +224,23 @@ class Decoder(nn.Module):
         *,
         document_ids_bt: Tensor | None = None,
         cache: KVCache | None = None,
+        source_bsm: Tensor | None = None,
+        source_mask_bs: Tensor | None = None,
     ) -> Tensor:
         """The final, normed state of each position: (b, t, m).
 
         `document_ids_bt` numbers the documents packed into each row: tokens see only their own
-        document, whose positions count from 0. With a `cache`, tokens continue what it holds.
+        document, whose positions count from 0. An attention mask (1 text, 0 padding) is such a
+        numbering. With a `cache`, tokens continue what it holds. `source_bsm` is what an encoder
+        made of the source, `source_mask_bs` is 1 where that is no padding.
         """
-        t = tokens_bt.shape[1]
         if cache is not None:
-            cache.start(t)
-        elif t > self.config.max_seq_len:
-            raise UserError(
-                f"{t} tokens were given, but the model's context is {self.config.max_seq_len} "
-                "tokens. Give a shorter text."
-            )
-        positions, mask, causal = look_back(tokens_bt, document_ids_bt, cache)
-        x_btm = self.embedding(tokens_bt)
-        cos_sin = None
-        if self.config.position == "rope":
-            cos_sin = self.table[positions]
-        elif self.config.position == "learned":
-            x_btm = x_btm + self.positions(positions)
+            cache.start(tokens_bt.shape[1])
         else:
-            x_btm = x_btm * math.sqrt(self.config.d_model) + self.table[positions]
-        x_btm = x_btm.to(self.compute_dtype or x_btm.dtype)
-        x_btm = F.dropout(x_btm, self.config.dropout, self.training)
-        for index, block in enumerate(self.blocks):
-            layer_cache = cache.layer(index) if cache is not None else None
-            x_btm = block(x_btm, cos_sin, mask, causal, layer_cache)
+            self.check_length(tokens_bt.shape[1])
+        sight = self.sight(tokens_bt, document_ids_bt, cache)
+        sight.look_across(source_bsm, source_mask_bs, cache)
+        x_btm = self.run(self.embed(tokens_bt, sight.positions, None), sight, cache)
         if cache is not None:
             cache.finish()
-        return self.final_norm(x_btm)
-
-
-def look_back(
-    tokens_bt: Tensor, document_ids_bt: Tensor | None, cache: KVCache | None
-) -> tuple[Tensor, Tensor | None, bool]:
-    """Who sees whom: positions (t,) or (b, t), a boolean mask or None, and "plainly causal".
-
-    No mask is built where the kernel can do without one; that is the fast path.
-    """
-    t = tokens_bt.shape[1]
-    steps = torch.arange(t, device=tokens_bt.device)
-    if cache is not None:
-        positions = cache.positions()
-        if cache.length == 0:
-            return positions, None, t > 1
-        if cache.length is not None and t == 1:
-            return positions, None, False
-        return positions, cache.visible(positions), False
-    if document_ids_bt is None:
-        return steps, None, True
-    same = document_ids_bt[:, :, None] == document_ids_bt[:, None, :]
-    mask = same & (steps[:, None] >= steps[None, :])
-    # A token's position is the number of earlier tokens of its document in this row.
-    return mask.sum(-1) - 1, mask[:, None], False
+        return x_btm

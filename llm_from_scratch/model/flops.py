@@ -12,7 +12,9 @@ def parameter_count(config: ModelConfig) -> int:
     heads = (2 * config.n_heads + 2 * config.n_kv_heads) * d
     attention = m * heads
     if config.attention_bias:
-        attention += heads - config.n_heads * d + m
+        attention += heads - config.n_heads * d
+    if config.output_bias:
+        attention += m
     if config.qk_norm:
         attention += 2 * d
     wide = 2 if config.gated else 1

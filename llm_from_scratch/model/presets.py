@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 from llm_from_scratch.core.errors import UserError, nearest
 from llm_from_scratch.model.config import ModelConfig, RopeScaling
 
-# What each family adds to the plain fields. A family is what the model is saved as.
+# What each family that can be trained from scratch adds to the plain fields.
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {},
-    "qwen3": {"qk_norm": True, "norm_eps": 1e-6},
+    "qwen3": {"qk_norm": "head", "norm_eps": 1e-6},
     "gpt2": {
         "norm": "layer",
         "position": "learned",
         "activation": "gelu_tanh",
         "gated": False,
         "attention_bias": True,
+        "output_bias": True,
         "feed_forward_bias": True,
     },
 }
@@ -182,6 +183,7 @@ def resolve(settings: ModelSettings, vocab_size: int, seq_len: int) -> ModelConf
             "lower the first or raise the second."
         )
     config = ModelConfig(
+        family=family,
         vocab_size=vocab_size,
         d_model=d_model,
         n_layers=n_layers,

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from llm_from_scratch.core.errors import UserError
-from llm_from_scratch.model.layers import sinusoidal_positions
 
 
 def layer_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -33,7 +32,12 @@ class LayerNorm(nn.Module):
 
 def sinusoidal_position_encoding(d_model: int, sequence_length: int) -> Tensor:
     """(1, sequence_length, d_model): sin and cos of position / 10000^(2i / d_model), in turn."""
-    return sinusoidal_positions(sequence_length, d_model)[None]
+    position_t1 = torch.arange(sequence_length, dtype=torch.float32)[:, None]
+    rate = torch.exp(torch.arange(0, d_model, 2).float() * (-math.log(10_000.0) / d_model))
+    table = torch.zeros(sequence_length, d_model)
+    table[:, 0::2] = torch.sin(position_t1 * rate)
+    table[:, 1::2] = torch.cos(position_t1 * rate)[:, : d_model // 2]
+    return table[None]
 
 
 class PositionalEncoding(nn.Module):

@@ -15,8 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from llm_from_scratch.model.config import ModelConfig
-from llm_from_scratch.model.decoder import Decoder
+from llm_from_scratch.model.config import EncoderDecoderConfig, ModelConfig
+from llm_from_scratch.model.decoder import Decoder, Stack
+from llm_from_scratch.model.encoder import Encoder
+from llm_from_scratch.model.encoder_decoder import EncoderDecoder
+
+Model = Decoder | Encoder | EncoderDecoder
 
 
 class SkipInitialisation(TorchFunctionMode):
@@ -54,10 +58,12 @@ def undisturbed() -> Iterator[None]:
             gc.enable()
 
 
-def empty_decoder(config: ModelConfig) -> Decoder:
-    """A decoder whose parameters have shapes but no memory yet."""
+def empty_model(config: ModelConfig | EncoderDecoderConfig) -> Model:
+    """A model whose parameters have shapes but no memory yet."""
     with torch.device("meta"), SkipInitialisation():
-        return Decoder(config)
+        if isinstance(config, EncoderDecoderConfig):
+            return EncoderDecoder(config)
+        return Decoder(config) if config.causal else Encoder(config)
 
 
 def put(model: nn.Module, name: str, value: Tensor) -> None:
@@ -68,12 +74,16 @@ def put(model: nn.Module, name: str, value: Tensor) -> None:
     setattr(module, last, nn.Parameter(value))
 
 
-def complete(model: Decoder, device: torch.device | str) -> Decoder:
-    """Tie what is tied, compute what is not stored, and return the model ready for inference."""
-    if model.config.tie_embeddings:
-        model.head.weight = model.embedding.weight
-    model.make_tables()
-    model.table = model.table.to(device) if model.table is not None else model.table
+def complete(model: nn.Module, device: torch.device | str) -> None:
+    """Tie what is tied, compute what is not stored, and make the model ready for inference."""
+    for module in model.modules():
+        if isinstance(module, Decoder) and module.config.tie_embeddings:
+            module.head.weight = module.embedding.weight
+        if isinstance(module, Stack):
+            module.make_frequencies()
+    for module in model.modules():
+        if isinstance(module, EncoderDecoder):
+            module.tie()
     left = [name for name, p in model.named_parameters() if p.is_meta]
     assert not left, f"no value for {left}"
-    return model.eval()
+    model.to(device).eval()

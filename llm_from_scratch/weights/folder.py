@@ -2,7 +2,8 @@
 
 `config.json` says what the model is, `model.safetensors` (or numbered shards with an index) holds
 its weights, `tokenizer.json` its vocabulary. Everything in the headers is checked before the first
-weight is read. Pickles (`pytorch_model.bin`) are refused: opening one can run any program.
+weight is read. Pickles (`pytorch_model.bin`) are refused: opening one can run any program. Only
+`pickles.py` looks into them.
 """
 
 from __future__ import annotations
@@ -22,11 +23,19 @@ from torch import Tensor
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.core.files import folder_aside
 from llm_from_scratch.core.json_files import read_json_object
-from llm_from_scratch.model.decoder import Decoder
+from llm_from_scratch.model.config import EncoderDecoderConfig
 from llm_from_scratch.text.checks import stop_ids
 from llm_from_scratch.text.tokenizer import Tokenizer
-from llm_from_scratch.weights.assemble import complete, empty_decoder, put, undisturbed
-from llm_from_scratch.weights.families import Entry, Family, family_of, read_config
+from llm_from_scratch.weights.assemble import Model, complete, empty_model, put, undisturbed
+from llm_from_scratch.weights.families import (
+    AnyConfig,
+    Entry,
+    Family,
+    config_fields,
+    family_of,
+    read_config,
+)  # fmt: skip
+from llm_from_scratch.weights.layouts import put_together, stored_shape, take_apart
 
 SHARD_BYTES = 5_000_000_000
 WEIGHTS = "model.safetensors"
@@ -35,7 +44,8 @@ INDEX = "model.safetensors.index.json"
 FOLDER_NAMES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.*", "README.md", "LICENSE*",
+    "chat_template.*", "README.md", "LICENSE*", "vocab.txt", "*.spm", "*.model", "modules.json",
+    "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling",
 )  # fmt: skip
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -103,27 +113,32 @@ def _weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             raise UserError(
                 f"{folder} has its weights only as {name}, a pickle, which can run any program "
-                "when it is opened; take the model's safetensors version instead (in a place you "
-                "can lose, `save_pretrained` of transformers writes one)."
+                "when it is opened; turn it into another folder once, which runs nothing: "
+                f"scratchlm convert {folder} --to hf --out NEW"
             )
     raise UserError(f"{folder} has no {WEIGHTS}; the model folder is incomplete, copy it anew.")
 
 
 def _their_names(family: Family, stored: Iterable[str]) -> dict[str, str]:
     """Full name -> stored name. A folder saved from the bare base model leaves the prefix out."""
-    names = list(stored)
-    bare = not any(name.startswith(family.prefix) for name in names)
-    add = family.prefix if bare else ""
+    names = [name for name in stored if not name.endswith(family.surplus)]
+    full = {
+        name: name.replace(".gamma", ".weight").replace(".beta", ".bias") for name in names
+    }  # as the first BERTs called them
+    bare = family.prefix and not any(name.startswith(family.prefix) for name in names)
+    heads = tuple(
+        rule.theirs for rule in family.tensors if not rule.theirs.startswith(family.prefix)
+    )
     return {
-        name if name.startswith("lm_head") else add + name: name
-        for name in names
-        if not name.endswith(family.surplus)
+        family.prefix + new if bare and not new.startswith(heads) else new: old
+        for old, new in full.items()
     }
 
 
 def _check(
-    model: Decoder, entries: list[Entry], tensors: StoredTensors, names: dict[str, str], where: Path
-) -> None:
+    model: Model, entries: list[Entry], tensors: StoredTensors, names: dict[str, str],
+    copies: Iterable[str], where: Path,
+) -> None:  # fmt: skip
     """Nothing missing, nothing left over, every shape as the config says."""
     wanted = {entry.theirs for entry in entries}
     missing = sorted(wanted - names.keys())
@@ -132,17 +147,14 @@ def _check(
             f"{where} lacks {len(missing)} tensor(s) that its config.json asks for, such as "
             f"'{missing[0]}'; the folder is incomplete or its config.json belongs to another model."
         )
-    surplus = sorted(names.keys() - wanted - {"lm_head.weight"})
+    surplus = sorted(names.keys() - wanted - set(copies))
     if surplus:
         raise UserError(
             f"{where} holds {len(surplus)} tensor(s) that its config.json does not ask for, such "
             f"as '{surplus[0]}'; its config.json belongs to another model."
         )
     for entry in entries:
-        parts = [model.get_parameter(name) for name in entry.ours]
-        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        if entry.transposed:
-            shape = shape[::-1]
+        shape = stored_shape(entry, [model.get_parameter(name).shape for name in entry.ours])
         found = tensors.shape(names[entry.theirs])
         if found != shape:
             raise UserError(
@@ -152,44 +164,67 @@ def _check(
 
 
 def _fill(
-    model: Decoder,
+    model: Model,
     entries: list[Entry],
     tensors: StoredTensors,
     names: dict[str, str],
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> None:
+    """Read each stored tensor once, and let our parameters be copies of its parts.
+
+    Copies, because the file may be replaced while the model lives; one tensor at a time, so that
+    no more than it is in memory twice.
+    """
+    heads = _heads(model.config)
     for entry in entries:
-        tensor = tensors.read(names[entry.theirs])
-        dtype = dtype or tensor.dtype  # None: as the first tensor, the embedding, is stored
-        if entry.transposed:
-            tensor = tensor.t()
-        start = 0
-        for name in entry.ours:
-            rows = model.get_parameter(name).shape[0]
-            # A copy of its own: the file may be replaced while the model lives.
-            part = torch.empty(tensor[:rows].shape, dtype=dtype, device=device)
-            put(model, name, part.copy_(tensor[start : start + rows]))
-            start += rows
+        stored = tensors.read(names[entry.theirs])
+        dtype = dtype or stored.dtype  # None: as the first tensor, the embedding, is stored
+        shapes = [model.get_parameter(name).shape for name in entry.ours]
+        parts = take_apart(stored, entry, shapes, heads)
+        for name, part, shape in zip(entry.ours, parts, shapes, strict=True):
+            if entry.index is None:
+                fresh = torch.empty(shape, dtype=dtype, device=device)
+                put(model, name, fresh.copy_(part))
+                continue
+            if model.get_parameter(name).is_meta:
+                put(model, name, torch.empty(shape, dtype=dtype, device=device))
+            model.get_parameter(name)[entry.index].copy_(part)
 
 
-def _check_head(model: Decoder, tensors: StoredTensors, names: dict[str, str], where: Path) -> None:
+def _heads(config: AnyConfig) -> int:
+    stack = config.decoder if isinstance(config, EncoderDecoderConfig) else config
+    return stack.n_heads
+
+
+def _copies(family: Family, config: AnyConfig) -> dict[str, str]:
+    """Tensors that may be stored a second time: their name -> the name of the original."""
+    tied = (config.decoder if isinstance(config, EncoderDecoderConfig) else config).tie_embeddings
+    head = [rule.theirs for rule in family.tensors if rule.ours == ("head",)]
+    embedding = [rule.theirs for rule in family.tensors if rule.ours == ("embedding",)]
+    pairs = {f"{name}.weight": f"{embedding[0]}.weight" for name in head if tied}
+    return {**pairs, **family.copies}
+
+
+def _check_copies(
+    copies: dict[str, str], tensors: StoredTensors, names: dict[str, str], where: Path
+) -> None:
     """A tied model may repeat its embedding as lm_head, but not contradict it."""
-    if not model.config.tie_embeddings or "lm_head.weight" not in names:
-        return
-    head = tensors.read(names["lm_head.weight"]).to(model.embedding.weight)
-    if not torch.equal(head, model.embedding.weight):
-        raise UserError(
-            f"{where}: config.json says 'tie_word_embeddings', but 'lm_head.weight' differs from "
-            "the embedding; set the field to false."
-        )
+    for copy, original in copies.items():
+        if copy in names and original in names:
+            second, first = (tensors.read(names[name]) for name in (copy, original))
+            if second.shape != first.shape or not torch.equal(second, first.to(second)):
+                raise UserError(
+                    f"{where}: config.json says 'tie_word_embeddings', but '{copy}' differs from "
+                    f"the embedding '{original}'; set the field to false."
+                )
 
 
 @undisturbed()
 @torch.no_grad()
 def load_folder(
     path: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> tuple[Decoder, Tokenizer | None]:
+) -> tuple[Model, Tokenizer | None]:
     """The model (in inference mode) and the tokenizer of a Hugging Face model folder.
 
     `dtype` None keeps the stored precision. The tokenizer is None where the folder has no
@@ -205,14 +240,16 @@ def load_folder(
     if tokenizer is not None:
         # Chat models often list their end-of-turn tokens here and not in the tokenizer's files.
         tokenizer.extra_stop_ids |= stop_ids(values, folder / "config.json")
-    model = empty_decoder(config)
-    entries = list(family.entries(config, dict(model.named_parameters())))
     with open_tensors(folder) as tensors:
         names = _their_names(family, tensors.files)
-        _check(model, entries, tensors, names, folder)
+        model = empty_model(config)
+        entries = list(family.entries(config, dict(model.named_parameters())))
+        copies = _copies(family, config)
+        _check(model, entries, tensors, names, copies, folder)
+        _check_copies(copies, tensors, names, folder)
         _fill(model, entries, tensors, names, dtype, device)
-        _check_head(model, tensors, names, folder)
-    return complete(model, device), tokenizer
+    complete(model, device)
+    return model, tokenizer
 
 
 def check_vocabulary(vocab_size: int, tokenizer: Tokenizer | None, where: Path | str) -> None:
@@ -236,14 +273,14 @@ def _shards(tensors: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[dict[
     yield shard
 
 
-def _their_tensors(model: Decoder, family: Family) -> Iterator[tuple[str, Tensor]]:
+def _their_tensors(model: Model, family: Family) -> Iterator[tuple[str, Tensor]]:
     parameters = dict(model.named_parameters())
     for entry in family.entries(model.config, parameters):
-        tensor = torch.cat([parameters[name].detach() for name in entry.ours])
-        yield entry.theirs, (tensor.t() if entry.transposed else tensor).contiguous()
+        parts = [parameters[name].detach() for name in entry.ours]
+        yield entry.theirs, put_together(entry, parts, _heads(model.config))
 
 
-def _write_weights(model: Decoder, family: Family, folder: Path, limit: int) -> None:
+def _write_weights(model: Model, family: Family, folder: Path, limit: int) -> None:
     where: dict[str, int] = {}
     total = count = 0
     for shard in _shards(_their_tensors(model, family), limit):
@@ -279,15 +316,15 @@ def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
     return {name[:3] + "_token_id": getattr(tokenizer, name, None) for name in names}
 
 
-def config_json(model: Decoder, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def config_json(model: Model, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The content of config.json; ids that the tokenizer lacks are null, not a class's default."""
     family = family_of(model.config)
     return {
-        "architectures": [family.architecture],
+        "architectures": [family.classes["lm"]],
         "model_type": family.name,
-        **family.write(model.config),
+        **config_fields(family, model.config),
         **_token_ids(tokenizer),
-        "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "use_cache": True,
     }
 
@@ -302,7 +339,7 @@ def generation_config_json(tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 
 def save_folder(
-    model: Decoder,
+    model: Model,
     tokenizer: Tokenizer | None,
     path: Path | str,
     generation_config: Mapping[str, Any] | None = None,

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from llm_from_scratch.model.config import ModelConfig, RopeScaling
 from llm_from_scratch.model.decoder import Decoder
-from llm_from_scratch.model.layers import (
-    attend,
-    attend_by_hand,
+from llm_from_scratch.model.attend import attend, attend_by_hand
+from llm_from_scratch.model.positions import (
+    angles,
     rope_frequencies,
-    rope_table,
     rotate,
     sinusoidal_positions,
 )
@@ -61,7 +60,10 @@ def test_fused_attention_equals_the_one_by_hand(
 
 @pytest.mark.parametrize("width", [8, 7])
 def test_sinusoids_follow_the_formula(width: int) -> None:
-    table = sinusoidal_positions(30, width)
+    table = sinusoidal_positions(torch.arange(30), width)
+    # Sines first, then cosines; the formula takes turns.
+    order = [*range(0, width, 2), *range(1, width, 2)]
+    table = table[:, torch.tensor(order).argsort()]
     for position in (0, 1, 29):
         for i in range(width):
             angle = position / 10_000 ** ((i - i % 2) / width)
@@ -71,7 +73,7 @@ def test_sinusoids_follow_the_formula(width: int) -> None:
 
 def test_rotary_scores_depend_on_the_distance_alone() -> None:
     config = tiny(position="rope")
-    table = rope_table(config)
+    table = angles(torch.arange(32), rope_frequencies(config.head_dim, 10_000.0, None))
     generator = torch.Generator().manual_seed(1)
     q, k = torch.randn(2, 1, 1, 1, config.head_dim, generator=generator)
 

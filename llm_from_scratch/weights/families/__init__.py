@@ -1,0 +1,107 @@
+"""The families of models that are read and written: one table each, in a file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from llm_from_scratch.core.errors import UserError, nearest
+from llm_from_scratch.model.config import EncoderDecoderConfig, ModelConfig
+from llm_from_scratch.weights.config_json import Fields
+from llm_from_scratch.weights.families.gemma2 import GEMMA2
+from llm_from_scratch.weights.families.gemma3 import GEMMA3
+from llm_from_scratch.weights.families.gpt2 import GPT2
+from llm_from_scratch.weights.families.gpt_neox import GPT_NEOX
+from llm_from_scratch.weights.families.llama import LLAMA
+from llm_from_scratch.weights.families.mistral import MISTRAL
+from llm_from_scratch.weights.families.olmo2 import OLMO2
+from llm_from_scratch.weights.families.qwen2 import QWEN2
+from llm_from_scratch.weights.families.qwen3 import QWEN3
+from llm_from_scratch.weights.families.qwen3_moe import QWEN3_MOE
+from llm_from_scratch.weights.families.table import Entry, Family
+
+__all__ = [
+    "FAMILIES", "AnyConfig", "Entry", "Family", "config_fields", "family_named", "family_of",
+    "read_config",
+]  # fmt: skip
+
+AnyConfig = ModelConfig | EncoderDecoderConfig
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        LLAMA, QWEN3, GPT2, GPT_NEOX, MISTRAL, QWEN2, QWEN3_MOE, GEMMA2, GEMMA3, OLMO2,
+    )
+}  # fmt: skip
+
+
+def family_named(model_type: object, where: str) -> Family:
+    """The table of a config.json's `model_type`."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UserError(
+            f"{where}: 'model_type' is {model_type!r}; supported are {', '.join(FAMILIES)}."
+            + nearest(str(model_type), FAMILIES)
+        )
+    return FAMILIES[model_type]
+
+
+def read_config(values: Mapping[str, Any], where: str) -> tuple[Family, AnyConfig]:
+    """The family and architecture that a config.json's content means.
+
+    `where` names the file in errors. A field that we do not know, or a value that we cannot
+    express, is refused by its name.
+    """
+    family = family_named(values.get("model_type"), where)
+    known = family.known()
+    for name, value in values.items():
+        # null, false and nothing are what a field that is not in use looks like.
+        if name not in known and value not in (None, False, [], {}, ""):
+            raise UserError(
+                f"{where}: the field '{name}' ({value!r}) is not known for {family.name}, so it "
+                "cannot be said what the model computes. If it changes nothing, remove it."
+            )
+    fields = Fields(values, family.defaults, where)
+    for name, must in family.must().items():
+        # null is what a field that was never set looks like.
+        if fields.values.get(name, must) not in (must, None):
+            remedy = f"{must!r}; other values are not supported for {family.name}"
+            if name == "quantization_config":
+                remedy = "left out: quantised folders cannot be read, take the original or a GGUF"
+            raise fields.refuse(name, remedy)
+    return family, _architecture(family, fields)
+
+
+def _architecture(family: Family, fields: Fields) -> ModelConfig:
+    known: dict[str, Any] = {}
+    for group in family.settings:
+        known |= group.read(fields, known)
+    return ModelConfig(family=family.name, **family.constants, **known)
+
+
+def config_fields(family: Family, config: AnyConfig) -> dict[str, Any]:
+    """The inverse of `read_config`: config.json's fields that say what the model computes."""
+    values: dict[str, Any] = {}
+    for group in family.settings:
+        values |= group.write(config)  # type: ignore[arg-type]
+    return values
+
+
+def family_of(config: AnyConfig) -> Family:
+    """The family that can express `config`: its own, or another; a `UserError` when none can.
+
+    A family can express what it reads back unchanged from what it has written.
+    """
+    own = FAMILIES.get(config.family)
+    for family in (*([own] if own else []), *FAMILIES.values()):
+        try:
+            values = {"model_type": family.name, **config_fields(family, config)}
+            back = read_config(values, "config.json")[1]
+        except (UserError, AttributeError, TypeError):
+            continue
+        if replace(back, family=config.family) == config:  # type: ignore[arg-type]
+            return family
+    raise UserError(
+        "No Hugging Face class can express this combination of norm, positions, heads and "
+        f"feed-forward; use one of the families {', '.join(FAMILIES)} without changing these."
+    )

@@ -1,0 +1,179 @@
+"""What a family's table consists of: fields of config.json, names of tensors, styles of heads.
+
+A family is a group of model classes of the `transformers` library. Its table holds two
+translations, each usable in both directions: `config.json` <-> our config, and the names of the
+stored tensors <-> the names of our parameters. Every field of the class's config is translated
+(`settings`), held to the one value that we can express (`required`), or listed in `unused` with the
+reason; a field in none of these is refused by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm_from_scratch.weights.families.settings import Group
+
+# Fields of every config class that do not change what a model computes.
+UNUSED_EVERYWHERE = {
+    "_attn_implementation": "which kernel computes attention, not what it computes",
+    "_name_or_path": "where the folder came from",
+    "architectures": "chooses the head",
+    "attn_implementation": "which kernel computes attention, not what it computes",
+    "bos_token_id": "belongs to the tokenizer",
+    "chunk_size_feed_forward": "trades memory for time, not values",
+    "dtype": "the tensors say their type themselves",
+    "eos_token_id": "belongs to the tokenizer and generation_config.json",
+    "finetuning_task": "what the head was trained on",
+    "gradient_checkpointing": "trades time for memory, not values",
+    "id2label": "belongs to classification heads, which read it themselves",
+    "is_llama_config": "a mark that some published folders carry",
+    "label2id": "belongs to classification heads, which read it themselves",
+    "language": "a mark that some published folders carry",
+    "model_type": "chooses the table",
+    "name": "a mark that some published folders carry",
+    "num_labels": "belongs to classification heads, which read it themselves",
+    "output_attentions": "changes what is returned, not what is computed",
+    "output_hidden_states": "changes what is returned, not what is computed",
+    "output_past": "changes what is returned, not what is computed",
+    "pad_token_id": "belongs to the tokenizer",
+    "prefix": "belongs to the tokenizer",
+    "problem_type": "belongs to classification heads, which read it themselves",
+    "return_dict": "changes what is returned, not what is computed",
+    "sep_token_id": "belongs to the tokenizer",
+    "task_specific_params": "settings of generation that nobody applies by themselves",
+    "tokenizer_class": "belongs to the tokenizer",
+    "torch_dtype": "the tensors say their type themselves",
+    "torchscript": "another way of running the same values",
+    "transformers.js_config": "settings of another library",
+    "transformers_version": "who wrote the file",
+    "use_cache": "caching is the caller's decision",
+}  # fmt: skip
+# Settings of generation, which older folders keep in config.json.
+GENERATION = (
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
+    "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+    "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id",
+    "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty",
+    "suppress_tokens", "begin_suppress_tokens",
+)  # fmt: skip
+# Fields with one value that we can express; any other would change what the model computes.
+REQUIRED_EVERYWHERE = {
+    "quantization_config": None,
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "tie_encoder_decoder": False,
+    "pruned_heads": {},
+    "tf_legacy_loss": False,
+    "use_bfloat16": False,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored tensor and the parameters of ours that it holds.
+
+    `layout` is "plain" (ours stacked along their outputs), "transposed" (the same, stored as
+    (inputs, outputs)) or "by_head" (query, key and value of one head after the other's). With an
+    `index` it is that slice of our tensor.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    layout: str = "plain"
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where one of our modules is stored; `{}` is a block's number, `{e}` an expert's.
+
+    A module's weight and bias follow it as `.weight` and `.bias`. With `exact`, both names are of a
+    tensor and complete.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    layout: str = "plain"
+    exact: bool = False
+
+    def entries(self, parameters: Collection[str], layers: int, experts: int) -> Iterator[Entry]:
+        """The stored tensors of this rule, for those parameters of ours that exist."""
+        for layer in range(layers) if "{}" in self.ours[0] else (0,):
+            ours = tuple(name.replace("{}", str(layer)) for name in self.ours)
+            theirs = self.theirs.replace("{}", str(layer))
+            if "{e}" in theirs:
+                if ours[0] in parameters:
+                    for e in range(experts):
+                        yield Entry(theirs.replace("{e}", str(e)), ours, self.layout, e)
+            elif self.exact:
+                if ours[0] in parameters:
+                    yield Entry(theirs, ours, self.layout)
+            else:
+                for kind in ("weight", "bias"):
+                    mine = tuple(f"{name}.{kind}" for name in ours)
+                    if mine[0] in parameters:
+                        plain = kind == "bias" and self.layout == "transposed"
+                        layout = "plain" if plain else self.layout
+                        yield Entry(f"{theirs}.{kind}", mine, layout)
+
+
+def rules(
+    theirs: str, ours: str, modules: dict[str, str], layout: str = "plain", exact: bool = False
+) -> tuple[Rule, ...]:
+    """A rule per module, their name -> ours, behind a prefix each.
+
+    A stored tensor that holds several of our parameters names them with spaces between.
+    """
+    return tuple(
+        Rule(theirs + name, tuple(ours + part for part in parts.split()), layout, exact)
+        for name, parts in modules.items()
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one family of model classes calls things.
+
+    `constants` are the fields of `ModelConfig` that all its models share. `heads` maps the kind of
+    a head ("lm" is the plain model) to the class that has it.
+    """
+
+    name: str  # model_type
+    title: str
+    kind: str  # decoder, encoder, encoder-decoder
+    prefix: str  # of the base model's tensors, where a head stands on top of it
+    classes: dict[str, str]
+    constants: dict[str, Any]
+    settings: tuple[Group, ...]
+    tensors: tuple[Rule, ...]
+    required: dict[str, Any] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)  # stored again: their name -> original's
+    surplus: tuple[str, ...] = ()  # endings of stored tensors that are not weights
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The class's own values for the fields that a config.json leaves out."""
+        return {name: value for group in self.settings for name, value in group.fields.items()}
+
+    def must(self) -> dict[str, Any]:
+        """Field -> the one value of it that we can express."""
+        encoder_decoder = {"is_encoder_decoder": self.kind == "encoder-decoder"}
+        decoder = {"is_decoder": False} if self.kind != "decoder" else {}
+        return {**REQUIRED_EVERYWHERE, **encoder_decoder, **decoder, **self.required}
+
+    def known(self) -> set[str]:
+        """Every field of config.json that this table says something about."""
+        listed = (*UNUSED_EVERYWHERE, *GENERATION, *self.must(), *self.unused, *self.defaults)
+        return {"is_decoder", *listed, *(name for group in self.settings for name in group.old_names)}
+
+    def entries(self, config: Any, parameters: Mapping[str, Any]) -> Iterator[Entry]:
+        """Every stored tensor of a model with these parameters."""
+        stacks = [config] if not hasattr(config, "encoder") else [config.encoder, config.decoder]
+        layers = max(stack.n_layers for stack in stacks)
+        experts = max(stack.experts.n_experts if stack.experts else 0 for stack in stacks)
+        for rule in self.tensors:
+            yield from rule.entries(parameters, layers, experts)
