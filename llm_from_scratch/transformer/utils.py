@@ -32,12 +32,10 @@ class LayerNorm(nn.Module):
 
 def sinusoidal_position_encoding(d_model: int, sequence_length: int) -> Tensor:
     """(1, sequence_length, d_model): sin and cos of position / 10000^(2i / d_model), in turn."""
-    position_t1 = torch.arange(sequence_length, dtype=torch.float32)[:, None]
-    rate = torch.exp(torch.arange(0, d_model, 2).float() * (-math.log(10_000.0) / d_model))
-    table = torch.zeros(sequence_length, d_model)
-    table[:, 0::2] = torch.sin(position_t1 * rate)
-    table[:, 1::2] = torch.cos(position_t1 * rate)[:, : d_model // 2]
-    return table[None]
+    rate = 10_000.0 ** (-torch.arange(0, d_model, 2).double() / d_model)
+    angle = torch.arange(sequence_length)[:, None] * rate
+    in_turn = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
+    return in_turn[None, :, :d_model].float()
 
 
 class PositionalEncoding(nn.Module):

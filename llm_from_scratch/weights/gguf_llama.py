@@ -13,9 +13,9 @@ from torch import Tensor
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.model.config import ModelConfig, RopeScaling
 from llm_from_scratch.model.decoder import Decoder
-from llm_from_scratch.model.layers import rope_frequencies
+from llm_from_scratch.model.positions import rope_frequencies
 from llm_from_scratch.text.tokenizer import Tokenizer
-from llm_from_scratch.weights.assemble import complete, empty_decoder, put, undisturbed
+from llm_from_scratch.weights.assemble import complete, empty_model, put, undisturbed
 from llm_from_scratch.weights.config_json import MOST_LAYERS, Fields
 from llm_from_scratch.weights.folder import check_vocabulary
 from llm_from_scratch.weights.gguf import GGUF
@@ -86,10 +86,11 @@ def read_config(file: GGUF) -> ModelConfig:
         n_kv_heads=fields.integer("llama.attention.head_count_kv"),
         head_dim=head_dim,
         d_ff=fields.integer("llama.feed_forward_length"),
-        max_seq_len=fields.positions("llama.context_length", head_dim),
+        max_seq_len=fields.integer("llama.context_length"),
         norm_eps=_short(fields.number("llama.attention.layer_norm_rms_epsilon")),
         rope_theta=_short(fields.number("llama.rope.freq_base")),
         attention_bias="blk.0.attn_q.bias" in file.tensors,
+        output_bias="blk.0.attn_output.bias" in file.tensors,
         feed_forward_bias="blk.0.ffn_up.bias" in file.tensors,
         tie_embeddings="output.weight" not in file.tensors,
     )
@@ -179,7 +180,8 @@ def load_gguf(
     config = read_config(file)
     tokenizer = read_tokenizer(file)
     check_vocabulary(config.vocab_size, tokenizer, file.path)
-    model = empty_decoder(config)
+    model = empty_model(config)
+    assert isinstance(model, Decoder)
     names = dict(_names(config, dict(model.named_parameters())))
     _check(file, model, names)
     for theirs, ours in names.items():
@@ -189,4 +191,5 @@ def load_gguf(
         elif theirs.startswith("blk.") and ".attn_k." in theirs:
             tensor = _to_halves(tensor, config.n_kv_heads)
         put(model, ours, tensor.to(device))
-    return complete(model, device), tokenizer
+    complete(model, device)
+    return model, tokenizer

@@ -10,19 +10,24 @@ import torch
 from llm_from_scratch.core.config import from_dict, read_yaml
 from llm_from_scratch.core.device import pick_device
 from llm_from_scratch.core.errors import UserError, nearest
-from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.presets import ModelSettings, resolve
 from llm_from_scratch.text.tokenizer import Tokenizer
-from llm_from_scratch.weights.assemble import complete, empty_decoder, put
-from llm_from_scratch.weights.catalogue import CATALOGUE, Report, local_file, pull, to_stderr
+from llm_from_scratch.weights.assemble import Model, complete, empty_model, put
+from llm_from_scratch.weights.catalogue import CATALOGUE, Report, local_path, pull, to_stderr
 from llm_from_scratch.weights.config_json import check_sizes
 from llm_from_scratch.weights.folder import is_model_folder, load_folder, open_tensors
 from llm_from_scratch.weights.gguf_llama import load_gguf
+from llm_from_scratch.weights.pickles import SUFFIXES
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 STEP = re.compile(r"step-[0-9]+")
 # What a hub folder needs; never a pickle, never another framework's copy of the weights.
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "LICENSE*"]
+HUB_FILES = [
+    "*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model", "*.spm", "LICENSE*",
+]  # fmt: skip
+# Of what lies in folders of its own only 1_Pooling, which says how an encoder makes embeddings.
+HUB_NOT = ["[!1]*/*", "1[!_]*/*"]
+STORED = "stored"  # a dtype: whatever the file has
 DTYPES = {
     "fp32": torch.float32,
     "float32": torch.float32,
@@ -45,7 +50,7 @@ def locate(model: str | Path, report: Report = to_stderr) -> Path:
     if path.is_file():
         return _known_file(path)
     if name in CATALOGUE:
-        found = local_file(name)
+        found = local_path(name)
         return found if found is not None else pull(name, report)
     if HUB_NAME.fullmatch(name) and not path.parent.is_dir():
         return _from_hub(name)
@@ -89,10 +94,10 @@ def _known_file(path: Path) -> Path:
         return path
     if path.suffix == ".safetensors":
         raise UserError(f"{path} holds weights alone; name its folder, {path.parent}, instead.")
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+    if path.suffix in SUFFIXES:
         raise UserError(
-            f"{path} is a pickle, which can run any program when it is opened; take the model as "
-            "a folder with model.safetensors, or as a .gguf file."
+            f"{path} is a pickle, which can run any program when it is opened; turn it into a "
+            f"model folder once, which runs nothing: scratchlm convert {path} --to hf --out NEW"
         )
     with path.open("rb") as file:
         if file.read(4) == b"GGUF":
@@ -112,7 +117,7 @@ def _from_hub(name: str) -> Path:
 
     no_folder = f"There is no folder '{name}' here"
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_NOT))
     except GatedRepoError as error:
         raise UserError(
             f"The hub gives '{name}' only to those who accepted its terms; accept them on its page "
@@ -129,7 +134,7 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _load_checkpoint(folder: Path, device: torch.device) -> tuple[Decoder, Tokenizer]:
+def _load_checkpoint(folder: Path, device: torch.device) -> tuple[Model, Tokenizer]:
     """The weights of a run that has not saved a model yet: what config.yaml describes."""
     run = folder.parent.parent
     values = read_yaml(run / "config.yaml")
@@ -142,13 +147,14 @@ def _load_checkpoint(folder: Path, device: torch.device) -> tuple[Decoder, Token
     config = resolve(settings, tokenizer.vocab_size, seq_len)
     # The file may be anybody's: the same limits as for the numbers of a config.json.
     check_sizes(config, str(run / "config.yaml"))
-    model = empty_decoder(config)
+    model = empty_model(config)
     with torch.no_grad(), open_tensors(folder) as tensors:
         for name, parameter in list(model.named_parameters()):
             if name not in tensors.files or tensors.shape(name) != tuple(parameter.shape):
                 raise UserError(f"The checkpoint {folder} does not fit {run / 'config.yaml'}.")
             put(model, name, tensors.read(name).to(device, copy=True))
-    return complete(model, device), tokenizer
+    complete(model, device)
+    return model, tokenizer
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -179,7 +185,7 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def load(
     model: str | Path, *, dtype: torch.dtype | str | None = None, device: str = "auto"
-) -> tuple[Decoder, Tokenizer]:
+) -> tuple[Model, Tokenizer]:
     """The model, in inference mode, and tokenizer that MODEL names.
 
     Args:
@@ -188,13 +194,14 @@ def load(
         dtype: the precision of the weights. None keeps what is stored, except that half precision
             becomes fp32 on a CPU that would be slower with it; GGUF files are decoded to bf16 on
             a GPU and to fp32 on a CPU, where the rounding of bf16 costs answers (small models
-            often hesitate between two tokens) and brings little.
+            often hesitate between two tokens) and brings little. "stored" keeps half precision
+            everywhere, for those who do not want to compute.
         device: "auto" (cuda, mps, cpu), "cpu", "cuda", "cuda:1", "mps".
 
     Raises `UserError`, naming the file and the remedy, for anything that cannot be loaded.
     """
     where = pick_device(device)
-    wanted = as_dtype(dtype)
+    wanted = None if dtype == STORED else as_dtype(dtype)
     path = locate(model)
     if path.is_file():
         quick = where.type == "cuda" and computes_bf16(where)
@@ -206,8 +213,8 @@ def load(
     decoder, tokenizer = load_folder(path, wanted, where)
     if tokenizer is None:
         raise UserError(f"{path} has no tokenizer.json; copy it from where the model came from.")
-    stored = decoder.embedding.weight.dtype
+    stored = next(decoder.parameters()).dtype
     slow = stored == torch.float16 or (stored == torch.bfloat16 and not computes_bf16(where))
-    if wanted is None and where.type == "cpu" and slow:
+    if dtype is None and where.type == "cpu" and slow:
         decoder.float()
     return decoder, tokenizer

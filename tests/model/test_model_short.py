@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.attend import attend, attend_by_hand, attend_short
+from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.presets import ModelSettings, resolve
 
 

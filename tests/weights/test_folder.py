@@ -169,14 +169,18 @@ def test_the_older_rope_fields(make_model: Make, tmp_path: Path) -> None:
         ("llama", {"rms_norm_eps": "small"}, "'rms_norm_eps' is 'small'"),
         ("llama", {"attention_bias": "no"}, "'attention_bias' is 'no'"),
         ("llama", {"attention_dropout": 1.5}, "'attention_dropout' is 1.5; it must be below 1"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: 'rope_type' is"),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: 'type' is"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters: 'rope_type'"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling: 'type' is"),
         ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters: 'factor' is No"),
         ("llama", {"rope_parameters": {"full": {"rope_theta": 1.0}}}, "'rope_parameters' is"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ("llama", {"rope_interleaved": True}, "'rope_interleaved' is True"),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1,
-                   "layer_types": None}, "'sliding_window' is 8"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2, "mscale": 1}}, "mscale"),
+        ("llama", {"sliding_window": 8}, "the field 'sliding_window'"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "at least 1"),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": -1, "layer_types": None,
+                   "sliding_window": 8}, "'max_window_layers' is -1"),
+        ("qwen3", {"layer_types": ["full_attention", "linear_attention"]}, "'layer_types'"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "'layer_types'"),
         ("qwen3", {"mlp_bias": True}, "'mlp_bias' is True"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "'scale_attn_by_inverse_layer_idx'"),
@@ -215,7 +219,7 @@ def test_folders_that_are_not_whole(make_model: Make, tokenizer: Tokenizer, tmp_
     weights.unlink()
     refused(folder, r"has no model\.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"x")
-    refused(folder, "a pickle, .*safetensors version instead")
+    refused(folder, "a pickle, .*scratchlm convert")
     (folder / "pytorch_model.bin").unlink()
     index = folder / "model.safetensors.index.json"
     index.write_text("{}", encoding="utf-8")
@@ -282,8 +286,8 @@ def test_saving_never_deletes_what_is_not_a_model(make_model: Make, tmp_path: Pa
         {"position": "sinusoidal"},
         {"norm": "layer"},
         {"gated": False},
-        {"qk_norm": True, "feed_forward_bias": True},
-        {"n_heads": 5, "n_kv_heads": 5},  # 24 features are not 5 heads' worth: Llama refuses
+        {"qk_norm": "head", "feed_forward_bias": True},
+        {"n_heads": 5, "n_kv_heads": 5, "feed_forward_bias": True},  # 24 are not 5 heads' worth
         {"norm": "layer", "position": "learned", "gated": False},
     ],
 )

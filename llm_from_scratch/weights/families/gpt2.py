@@ -12,19 +12,14 @@ from llm_from_scratch.weights.families.settings import (
 from llm_from_scratch.weights.families.table import Family, rules
 
 LAYER_NORM_AND_BIASES = {
-    "norm": "layer",
-    "gated": False,
-    "attention_bias": True,
-    "output_bias": True,
-    "feed_forward_bias": True,
-}
-MATRICES = {
-    "attn.c_attn": "attention.q attention.k attention.v",
-    "attn.c_proj": "attention.o",
-    "mlp.c_fc": "feed_forward.up",
-    "mlp.c_proj": "feed_forward.down",
-}
-DOUBLE_HEADS = "belongs to the double-heads model"
+    "norm": "layer", "gated": False,
+    "attention_bias": True, "output_bias": True, "feed_forward_bias": True,
+}  # fmt: skip
+BLOCK = {
+    "ln_1": "attention_norm", "ln_2": "feed_forward_norm",
+    "attn.c_attn": "attention.q attention.k attention.v", "attn.c_proj": "attention.o",
+    "mlp.c_fc": "feed_forward.up", "mlp.c_proj": "feed_forward.down",
+}  # fmt: skip
 
 GPT2 = Family(
     name="gpt2",
@@ -50,19 +45,14 @@ GPT2 = Family(
     tensors=(
         *rules("transformer.", "", {"wte": "embedding", "wpe": "positions", "ln_f": "final_norm"}),
         *rules("", "", {"lm_head": "head"}),
-        *rules("transformer.h.{}.", "blocks.{}.", {
-            "ln_1": "attention_norm", "ln_2": "feed_forward_norm",
-        }),
-        *rules("transformer.h.{}.", "blocks.{}.", MATRICES, layout="transposed"),
+        *rules("transformer.h.{}.", "blocks.{}.", BLOCK, layout="transposed"),
     ),
     required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     unused={
         "n_ctx": "an older name of n_positions",
         "reorder_and_upcast_attn": "the same sums in another order and precision",
-        **dict.fromkeys(
-            ("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
-             "summary_first_dropout"), DOUBLE_HEADS,
-        ),
+        **{f"summary_{name}": "belongs to the double-heads model" for name in
+           ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")},
     },
     surplus=(".attn.bias", ".attn.masked_bias"),
 )  # fmt: skip

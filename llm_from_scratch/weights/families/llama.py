@@ -48,7 +48,6 @@ LLAMA = Family(
     kind="decoder",
     prefix="model.",
     classes={"lm": "LlamaForCausalLM"},
-    constants={},
     settings=(
         *SETTINGS,
         flag("attention_bias", "attention_bias output_bias", False),

@@ -146,9 +146,9 @@ class Family:
     kind: str  # decoder, encoder, encoder-decoder
     prefix: str  # of the base model's tensors, where a head stands on top of it
     classes: dict[str, str]
-    constants: dict[str, Any]
     settings: tuple[Group, ...]
     tensors: tuple[Rule, ...]
+    constants: dict[str, Any] = field(default_factory=dict)
     required: dict[str, Any] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)  # stored again: their name -> original's
@@ -168,7 +168,11 @@ class Family:
     def known(self) -> set[str]:
         """Every field of config.json that this table says something about."""
         listed = (*UNUSED_EVERYWHERE, *GENERATION, *self.must(), *self.unused, *self.defaults)
-        return {"is_decoder", *listed, *(name for group in self.settings for name in group.old_names)}
+        return {
+            "is_decoder",
+            *listed,
+            *(name for group in self.settings for name in group.old_names),
+        }
 
     def entries(self, config: Any, parameters: Mapping[str, Any]) -> Iterator[Entry]:
         """Every stored tensor of a model with these parameters."""
