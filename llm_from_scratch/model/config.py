@@ -148,6 +148,14 @@ class ModelConfig:
             raise UserError(f"model.dropout is {self.dropout}; it must be in [0, 1).")
         if self.window_layers and (self.window is None or self.window < 1):
             raise UserError(f"model.window is {self.window}; it must be at least 1.")
+        if self.relative_buckets and (
+            self.relative_buckets < 4 or self.relative_distance <= self.relative_buckets // 2
+        ):
+            raise UserError(
+                f"model.relative_buckets is {self.relative_buckets} and model.relative_distance "
+                f"{self.relative_distance}; there must be at least 4 buckets, and the distance "
+                "must be more than half their number."
+            )
         for name, value, choices in (
             ("norm", self.norm, NORMS),
             ("residual", self.residual, RESIDUALS),
@@ -176,10 +184,33 @@ class EncoderDecoderConfig:
     decoder: ModelConfig
     start_id: int
     """The token that every target begins with."""
+    end_id: int | None = None
+    """The token that a target of the greatest length is made to end with (BART, Marian)."""
+    writes_start: bool = True
+    """Whether the start token may come again (not in Marian, where it is the padding)."""
     share_embeddings: bool = True
     """Whether encoder and decoder have one embedding matrix."""
     logits_bias: bool = False
-    """Whether a bias is added to the logits (BART, Marian)."""
+    """Whether a fixed bias is added to the logits (BART, Marian)."""
+
+    def __post_init__(self) -> None:
+        source, target = self.encoder, self.decoder
+        if source.d_model != target.d_model:
+            raise UserError(
+                f"The encoder's d_model is {source.d_model}, the decoder's {target.d_model}; they "
+                "must be equal."
+            )
+        if self.share_embeddings and source.vocab_size != target.vocab_size:
+            raise UserError(
+                f"The encoder's vocab_size is {source.vocab_size}, the decoder's "
+                f"{target.vocab_size}; where the embeddings are shared they must be equal."
+            )
+        for name, token in (("start_id", self.start_id), ("end_id", self.end_id)):
+            if token is not None and not 0 <= token < target.vocab_size:
+                raise UserError(
+                    f"{name} is {token}, but the decoder's vocabulary ends at "
+                    f"{target.vocab_size - 1}."
+                )
 
     @property
     def family(self) -> str:

@@ -91,6 +91,8 @@ class Stack(nn.Module):
     """
 
     compute_dtype: torch.dtype | None = None
+    frequencies: Tensor
+    local_frequencies: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -59,7 +59,8 @@ def angles(positions: Tensor, frequencies: Tensor, loudness: float = 1.0) -> Ten
     """Cosines and sines for positions (t,) or (b, t): (..., 2, d), each pair's angle twice."""
     turned = positions[..., None].float() * frequencies
     turned = torch.cat([turned, turned], dim=-1)
-    return torch.stack([turned.cos(), turned.sin()], dim=-2) * loudness
+    table = torch.stack([turned.cos(), turned.sin()], dim=-2)
+    return table if loudness == 1.0 else table * loudness
 
 
 def rotate(x_bhtd: Tensor, cos_sin: Tensor) -> Tensor:

@@ -9,16 +9,21 @@ from typing import Any
 from llm_from_scratch.core.errors import UserError, nearest
 from llm_from_scratch.model.config import EncoderDecoderConfig, ModelConfig
 from llm_from_scratch.weights.config_json import Fields
+from llm_from_scratch.weights.families.bart import BART
 from llm_from_scratch.weights.families.gemma2 import GEMMA2
 from llm_from_scratch.weights.families.gemma3 import GEMMA3
 from llm_from_scratch.weights.families.gpt2 import GPT2
 from llm_from_scratch.weights.families.gpt_neox import GPT_NEOX
 from llm_from_scratch.weights.families.llama import LLAMA
+from llm_from_scratch.weights.families.marian import MARIAN
 from llm_from_scratch.weights.families.mistral import MISTRAL
+from llm_from_scratch.weights.families.mt5 import MT5
 from llm_from_scratch.weights.families.olmo2 import OLMO2
+from llm_from_scratch.weights.families.pairs import read_pair, under_name, write_pair
 from llm_from_scratch.weights.families.qwen2 import QWEN2
 from llm_from_scratch.weights.families.qwen3 import QWEN3
 from llm_from_scratch.weights.families.qwen3_moe import QWEN3_MOE
+from llm_from_scratch.weights.families.t5 import T5
 from llm_from_scratch.weights.families.table import Entry, Family
 
 __all__ = [
@@ -32,6 +37,7 @@ FAMILIES = {
     family.name: family
     for family in (
         LLAMA, QWEN3, GPT2, GPT_NEOX, MISTRAL, QWEN2, QWEN3_MOE, GEMMA2, GEMMA3, OLMO2,
+        T5, MT5, BART, MARIAN,
     )
 }  # fmt: skip
 
@@ -72,7 +78,9 @@ def read_config(values: Mapping[str, Any], where: str) -> tuple[Family, AnyConfi
     return family, _architecture(family, fields)
 
 
-def _architecture(family: Family, fields: Fields) -> ModelConfig:
+def _architecture(family: Family, fields: Fields) -> AnyConfig:
+    if family.kind == "encoder-decoder":
+        return read_pair(family, fields)
     known: dict[str, Any] = {}
     for group in family.settings:
         known |= group.read(fields, known)
@@ -81,6 +89,8 @@ def _architecture(family: Family, fields: Fields) -> ModelConfig:
 
 def config_fields(family: Family, config: AnyConfig) -> dict[str, Any]:
     """The inverse of `read_config`: config.json's fields that say what the model computes."""
+    if family.kind == "encoder-decoder":
+        return write_pair(family, config)  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for group in family.settings:
         values |= group.write(config)  # type: ignore[arg-type]
@@ -99,7 +109,7 @@ def family_of(config: AnyConfig) -> Family:
             back = read_config(values, "config.json")[1]
         except (UserError, AttributeError, TypeError):
             continue
-        if replace(back, family=config.family) == config:  # type: ignore[arg-type]
+        if under_name(back, config.family) == config:
             return family
     raise UserError(
         "No Hugging Face class can express this combination of norm, positions, heads and "

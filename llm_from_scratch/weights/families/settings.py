@@ -20,6 +20,8 @@ class Group:
 
     fields: dict[str, Any]
     old_names: tuple[str, ...] = ()  # what older files call the same
+    # Of a model of two stacks: "encoder", "decoder", "pair" (what is of neither) or None, both.
+    part: str | None = None
 
     def read(self, fields: Fields, known: dict[str, Any]) -> dict[str, Any]:
         """Fields of our config; `known` are those that earlier groups have read."""
@@ -34,7 +36,8 @@ class Group:
 class Setting(Group):
     """One field that means one of ours; `kind` is the method of `Fields` that checks it.
 
-    Where it decides about several of ours, `ours` names them all, with spaces between.
+    Where it decides about several of ours, `ours` names them all, with spaces between. Where it is
+    null, the field `like` stands for it.
     """
 
     theirs: str
@@ -42,6 +45,7 @@ class Setting(Group):
     default: Any
     kind: str = "integer"
     aliases: tuple[str, ...] = ()
+    like: str = ""
 
     def __post_init__(self) -> None:
         self.fields = {self.theirs: self.default}
@@ -51,6 +55,8 @@ class Setting(Group):
         for alias in self.aliases:
             if alias in fields.values:
                 fields.values[self.theirs] = fields.values[alias]
+        if self.like and fields.values.get(self.theirs) is None:
+            fields.values[self.theirs] = fields.values[self.like]
         if self.ours == "d_ff" and fields.values.get(self.theirs) is None:
             return {"d_ff": 4 * known["d_model"]}
         if self.ours == "n_layers":
@@ -94,6 +100,13 @@ def activation(theirs: str, default: str) -> Setting:
     return Setting(theirs, "activation", default, "activation")
 
 
+def of(part: str | None, *groups: Group) -> tuple[Group, ...]:
+    """The groups as those of one part of an encoder-decoder."""
+    for group in groups:
+        group.part = part
+    return groups
+
+
 def with_defaults(groups: tuple[Group, ...], *others: Group, **values: Any) -> tuple[Group, ...]:
     """The same settings with some of the class's own defaults changed.
 
@@ -104,7 +117,7 @@ def with_defaults(groups: tuple[Group, ...], *others: Group, **values: Any) -> t
         same = [other for other in others if type(other) is type(group)]
         group = same[0] if same else group
         if isinstance(group, Setting) and group.theirs in values:
-            group = replace(group, default=values[group.theirs])
+            group = of(group.part, replace(group, default=values[group.theirs]))[0]
         changed.append(group)
     return tuple(changed)
 

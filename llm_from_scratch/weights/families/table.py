@@ -60,7 +60,7 @@ GENERATION = (
     "suppress_tokens", "begin_suppress_tokens",
 )  # fmt: skip
 # Fields with one value that we can express; any other would change what the model computes.
-REQUIRED_EVERYWHERE = {
+REQUIRED_EVERYWHERE: dict[str, Any] = {
     "quantization_config": None,
     "add_cross_attention": False,
     "cross_attention_hidden_size": None,
@@ -76,14 +76,16 @@ class Entry:
     """One stored tensor and the parameters of ours that it holds.
 
     `layout` is "plain" (ours stacked along their outputs), "transposed" (the same, stored as
-    (inputs, outputs)) or "by_head" (query, key and value of one head after the other's). With an
-    `index` it is that slice of our tensor.
+    (inputs, outputs)), "by_head" (query, key and value of one head after the other's) or "row" (a
+    vector, stored as a matrix of one row). With an `index` it is that slice of our tensor. What is
+    `optional` is zero where it is not stored.
     """
 
     theirs: str
     ours: tuple[str, ...]
     layout: str = "plain"
     index: int | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,26 +93,31 @@ class Rule:
     """Where one of our modules is stored; `{}` is a block's number, `{e}` an expert's.
 
     A module's weight and bias follow it as `.weight` and `.bias`. With `exact`, both names are of a
-    tensor and complete.
+    tensor and complete. The rule holds only in models that also have the module `beside`.
     """
 
     theirs: str
     ours: tuple[str, ...]
     layout: str = "plain"
     exact: bool = False
+    beside: str = ""
+    optional: bool = False
 
     def entries(self, parameters: Collection[str], layers: int, experts: int) -> Iterator[Entry]:
         """The stored tensors of this rule, for those parameters of ours that exist."""
         for layer in range(layers) if "{}" in self.ours[0] else (0,):
             ours = tuple(name.replace("{}", str(layer)) for name in self.ours)
             theirs = self.theirs.replace("{}", str(layer))
+            beside = self.beside.replace("{}", str(layer))
+            if beside and f"{beside}.weight" not in parameters:
+                continue
             if "{e}" in theirs:
                 if ours[0] in parameters:
                     for e in range(experts):
                         yield Entry(theirs.replace("{e}", str(e)), ours, self.layout, e)
             elif self.exact:
                 if ours[0] in parameters:
-                    yield Entry(theirs, ours, self.layout)
+                    yield Entry(theirs, ours, self.layout, optional=self.optional)
             else:
                 for kind in ("weight", "bias"):
                     mine = tuple(f"{name}.{kind}" for name in ours)
@@ -121,14 +128,20 @@ class Rule:
 
 
 def rules(
-    theirs: str, ours: str, modules: dict[str, str], layout: str = "plain", exact: bool = False
+    theirs: str,
+    ours: str,
+    modules: dict[str, str],
+    layout: str = "plain",
+    exact: bool = False,
+    beside: str = "",
 ) -> tuple[Rule, ...]:
     """A rule per module, their name -> ours, behind a prefix each.
 
     A stored tensor that holds several of our parameters names them with spaces between.
     """
+    beside = beside and ours + beside
     return tuple(
-        Rule(theirs + name, tuple(ours + part for part in parts.split()), layout, exact)
+        Rule(theirs + name, tuple(ours + part for part in parts.split()), layout, exact, beside)
         for name, parts in modules.items()
     )
 
@@ -137,8 +150,9 @@ def rules(
 class Family:
     """What one family of model classes calls things.
 
-    `constants` are the fields of `ModelConfig` that all its models share. `heads` maps the kind of
-    a head ("lm" is the plain model) to the class that has it.
+    `constants` are the fields of `ModelConfig` that all its models share, `pair` those of
+    `EncoderDecoderConfig`. `classes` maps the kind of a head ("lm" is the plain model) to the class
+    that has it. Where several of the `tensors`' rules hold for a parameter, the first counts.
     """
 
     name: str  # model_type
@@ -149,6 +163,7 @@ class Family:
     settings: tuple[Group, ...]
     tensors: tuple[Rule, ...]
     constants: dict[str, Any] = field(default_factory=dict)
+    pair: dict[str, Any] = field(default_factory=dict)
     required: dict[str, Any] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)  # stored again: their name -> original's
@@ -179,5 +194,8 @@ class Family:
         stacks = [config] if not hasattr(config, "encoder") else [config.encoder, config.decoder]
         layers = max(stack.n_layers for stack in stacks)
         experts = max(stack.experts.n_experts if stack.experts else 0 for stack in stacks)
+        taken: set[str] = set()
         for rule in self.tensors:
-            yield from rule.entries(parameters, layers, experts)
+            entries = list(rule.entries(parameters, layers, experts))
+            yield from (entry for entry in entries if entry.ours[0] not in taken)
+            taken.update(entry.ours[0] for entry in entries)
