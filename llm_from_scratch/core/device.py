@@ -6,6 +6,7 @@ import functools
 import os
 import platform
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,9 +42,52 @@ def memory_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # Windows
         return None
+    limit = _container_limit()
+    return machine if limit is None else min(machine, limit)
+
+
+def free_memory_bytes(device: torch.device) -> int | None:
+    """What of that memory is free now, or None where the system does not say.
+
+    On a CPU that counts what the system would give back from its caches; on Apple's GPUs it is what
+    their driver recommends.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    available = _number_in(Path("/proc/meminfo"), "MemAvailable:")
+    if available is None:
+        return memory_bytes(device)  # macOS: there is no such figure, take the whole
+    limit, used = _container_limit(), _number_in(CONTAINER / "memory.current")
+    if limit is None or used is None:
+        return available * 1024
+    given_back = _number_in(CONTAINER / "memory.stat", "inactive_file") or 0
+    return max(0, min(available * 1024, limit - used + given_back))
+
+
+CONTAINER = Path("/sys/fs/cgroup")
+
+
+def _container_limit() -> int | None:
+    """The memory that a container grants its programs (control groups, version 2)."""
+    return _number_in(CONTAINER / "memory.max")
+
+
+def _number_in(path: Path, name: str = "") -> int | None:
+    """The number behind `name` in one of the kernel's files; None where there is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    for line in text.split("\n"):
+        word, _, rest = line.partition(" ") if name else ("", "", line)
+        if word == name and rest.split()[:1] and rest.split()[0].isdigit():
+            return int(rest.split()[0])
+    return None
 
 
 def synchronise(device: torch.device) -> None:

@@ -97,6 +97,7 @@ def folder_aside(path: Path | str) -> Iterator[Path]:
         yield aside
         for file in aside.rglob("*"):
             if file.is_file():
+                file.chmod(0o666 & ~UMASK)  # safetensors makes private files, too
                 fsync_path(file)
         aside.chmod(0o777 & ~UMASK)
         old = None

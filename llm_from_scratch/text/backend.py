@@ -8,6 +8,7 @@ has two: one for ordinary text, one for what a template wrote. They share the vo
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import tokenizers
@@ -15,17 +16,62 @@ import tokenizers
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.text.checks import Spec
 
+Placed = tuple[int, int, int]  # a token's id, and where in the text it begins and ends
+
 
 def open_backend(spec: Spec, *, special: bool) -> tokenizers.Tokenizer:
     """A fast tokenizer for `spec`; `special`: whether special tokens in the text are found."""
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
-    except Exception as error:  # the package raises plain Exception for whatever it dislikes
+    except BaseException as error:
+        # The package raises plain Exception for whatever it dislikes, and sometimes panics.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(f"This tokenizer.json cannot be used: {error}.") from error
     backend.no_truncation()  # files made for a certain model may cut and pad every text
     backend.no_padding()
     backend.encode_special_tokens = not special
     return backend
+
+
+def run_backend(
+    backend: tokenizers.Tokenizer, texts: list[str] | list[list[str]], *, words: bool = False
+) -> list[list[int]]:
+    """The ids of each text, nothing put before or after; `words`: each is a list of words.
+
+    `UserError` for a vocabulary that lacks the token which its own rules call for.
+    """
+    # The "fast" call leaves out what is not asked for: where in the text each token was.
+    return [one.ids for one in _run(backend.encode_batch_fast, texts, words)]
+
+
+def run_with_places(backend: tokenizers.Tokenizer, texts: list[str]) -> list[list[Placed]]:
+    """As `run_backend`, and where in the text each token begins and ends."""
+    return [
+        [(number, *place) for number, place in zip(one.ids, one.offsets, strict=True)]
+        for one in _run(backend.encode_batch, texts, False)
+    ]
+
+
+def _run(call: Callable[..., Any], texts: list[Any], words: bool) -> list[tokenizers.Encoding]:
+    try:
+        found: list[tokenizers.Encoding] = call(texts, words, add_special_tokens=False)
+    except BaseException as error:
+        _refused(error)
+        raise UserError(
+            f"The tokenizer cannot encode this text ({error}); its tokenizer.json is not sound, "
+            "fetch it again."
+        ) from error
+    return found
+
+
+def _refused(error: BaseException) -> None:
+    """Raise again what is no refusal of the package.
+
+    Its panics are no `Exception`; they mean a specification that contradicts itself.
+    """
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
 
 
 def sibling(backend: tokenizers.Tokenizer, *, special: bool) -> tokenizers.Tokenizer:

@@ -19,8 +19,8 @@ import heapq
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, AnyStr
 
 import numpy as np
 import numpy.typing as npt
@@ -58,9 +58,10 @@ def train_naive(words: Mapping[str, int], size: int, *, min_count: int = 2) -> l
     return merges
 
 
-def merge_pair(symbols: list[bytes], pair: Merge) -> list[bytes]:
+def merge_pair(symbols: list[AnyStr], pair: tuple[AnyStr, AnyStr]) -> list[AnyStr]:
     """`symbols` with every occurrence of `pair` joined, from left to right."""
-    merged, i = [], 0
+    merged: list[AnyStr] = []
+    i = 0
     while i < len(symbols):
         if i + 1 < len(symbols) and (symbols[i], symbols[i + 1]) == pair:
             merged.append(symbols[i] + symbols[i + 1])
@@ -84,37 +85,38 @@ def encode_word(word: bytes, ranks: Mapping[Merge, int]) -> list[bytes]:
 
 # ----------------------------------------------------------------------------------- to use
 
-BOUNDARY = 255  # stands between words; no UTF-8 text contains the byte 0xFF
 GONE = -1  # a position inside a token
 
 
 class _Corpus:
     """All distinct words behind one another, as one array that merges rewrite in place.
 
-    A token occupies as many positions as it has bytes, and its symbol stands at the first and at
-    the last of them. So a token's neighbours are found without any links: one position before it
-    the left neighbour ends, and its own length further the right one begins.
+    A token occupies as many positions as symbols of the alphabet went into it, and its own symbol
+    stands at the first and at the last of them. So a token's neighbours are found without any
+    links: one position before it the left neighbour ends, and its own length further the right
+    one begins. The alphabet's last symbol stands around the words.
     """
 
-    def __init__(self, words: Mapping[str, int], size: int) -> None:
-        encoded = [word.encode() for word in words]
-        text = b"\xff" + b"\xff".join(encoded) + b"\xff"
-        index = np.int32 if len(text) < 2**31 else np.int64
-        self.symbols = np.frombuffer(text, np.uint8).astype(np.int32)
-        counts = np.fromiter(words.values(), np.int64, len(encoded))
+    def __init__(self, symbols: Array, counts: Array, alphabet: int, size: int) -> None:
+        index = np.int32 if len(symbols) < 2**31 else np.int64
+        self.symbols = symbols.astype(np.int32)
+        self.alphabet = alphabet
+        self.boundary = alphabet - 1
         weight = np.int32 if counts.max(initial=0) < 2**31 else np.int64
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) + 1
+        lengths = np.diff(np.flatnonzero(self.symbols == self.boundary))
         # The count of the word that each position belongs to.
         self.weights = np.concatenate([[0], np.repeat(counts, lengths)]).astype(weight)
-        self.length = np.ones(size + 1, index)  # of each symbol, in bytes
+        self.length = np.ones(max(size, alphabet) + 1, index)  # of each symbol
         self.index = index
 
     def first_pairs(self) -> tuple[Array, Array, Array]:
-        """All neighbouring bytes: pair codes (left * 256 + right), positions, weights."""
-        data = self.symbols.astype(np.uint16)
-        inside = (data[:-1] != BOUNDARY) & (data[1:] != BOUNDARY)
+        """All neighbouring symbols: codes (left * alphabet + right), positions, weights."""
+        # numpy sorts 16-bit keys by radix, several times faster than wider ones.
+        width: Any = np.uint16 if self.alphabet <= 256 else np.int64
+        data = self.symbols.astype(width)
+        inside = (data[:-1] != self.boundary) & (data[1:] != self.boundary)
         positions = np.flatnonzero(inside).astype(self.index)
-        codes = ((data[:-1] << 8) | data[1:])[inside]
+        codes = (data[:-1] * self.alphabet + data[1:])[inside]
         return codes, positions, self.weights[positions]
 
     def where(self, left: int, right: int, candidates: Array) -> Array:
@@ -142,14 +144,13 @@ class _Corpus:
         """
         before = self.symbols[at - 1]
         after = self.symbols[at + self.length[new]]
-        has_before = before != BOUNDARY
-        has_after = (after != BOUNDARY) & (after != new)
+        has_before = before != self.boundary
+        has_after = (after != self.boundary) & (after != new)
         before, at_before = before[has_before], at[has_before]
         at_after = at[has_after]
         codes = np.concatenate([before * 2, after[has_after] * 2 + 1])
         positions = np.concatenate([at_before - self.length[before], at_after])
         weights = np.concatenate([self.weights[at_before], self.weights[at_after]])
-        # numpy sorts 16-bit keys by radix, several times faster than wider ones.
         if 2 * len(self.length) < 2**16:
             codes = codes.astype(np.uint16)
         return codes, positions, weights
@@ -195,11 +196,12 @@ class _Queue:
     A family waits here under the count of its best pair until that count's turn comes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alphabet: Sequence[bytes]) -> None:
         self.heap: list[tuple[Any, ...]] = []
         self.ticket = itertools.count()  # so that nothing after it is ever compared
+        self.alphabet = len(alphabet)
         # Per symbol a string that sorts in the opposite order: the heap gives the smallest first.
-        self.turned: list[str] = []
+        self.turned = [_turned(token) for token in alphabet]
 
     def add_family(self, family: _Family, parent: int | None) -> None:
         if bound := family.bound():
@@ -217,9 +219,15 @@ class _Queue:
                 return (-count, *rest[3:])
             _, family, parent = rest
             for code, at in family.take():
-                self.add(-count, *_pair(code, parent), at)
+                self.add(-count, *self.pair(code, parent), at)
             self.add_family(family, parent)
         return None
+
+    def pair(self, code: int, parent: int | None) -> tuple[int, int]:
+        """The symbols of a pair code: see `first_pairs` (no parent) and `pairs_with`."""
+        if parent is None:
+            return divmod(code, self.alphabet)
+        return (parent, code >> 1) if code & 1 else (code >> 1, parent)
 
 
 def train_indexed(
@@ -239,11 +247,31 @@ def train_indexed(
 
     `progress("learning merges", done, total)` is called about five times a second.
     """
+    # No UTF-8 text contains the byte 0xFF, so it can stand around the words.
+    text = b"\xff" + b"".join(word.encode() + b"\xff" for word in words)
+    symbols = np.frombuffer(text, np.uint8)
+    alphabet = [bytes([byte]) for byte in range(256)]
+    return learn_merges(symbols, words.values(), alphabet, size, min_count, progress)
+
+
+def learn_merges(
+    symbols: Array,
+    counts: Iterable[int],
+    alphabet: Sequence[bytes],
+    size: int,
+    min_count: int = 2,
+    progress: Progress | None = None,
+) -> list[Merge]:
+    """`train_indexed` over any alphabet: until there are `size` entries, all of it included.
+
+    `symbols` are the words as places in `alphabet`, whose last entry stands before, between and
+    after them; `counts` says how often each word occurs. WordPiece's symbols are characters.
+    """
     min_count = max(min_count, 1)
-    corpus, queue = _Corpus(words, size), _Queue()
-    tokens = [bytes([byte]) for byte in range(256)]
+    corpus = _Corpus(symbols, np.array([*counts], np.int64), len(alphabet), size)
+    queue = _Queue(alphabet)
+    tokens = [*alphabet]
     ids = {token: i for i, token in enumerate(tokens)}
-    queue.turned = [_turned(token) for token in tokens]
     pairs = corpus.first_pairs()
     if len(pairs[0]):
         queue.add_family(_Family(*pairs, min_count), None)
@@ -264,24 +292,17 @@ def train_indexed(
         if fresh := new == len(tokens):
             tokens.append(joined)
             queue.turned.append(_turned(joined))
-            corpus.length[new] = len(joined)
+            corpus.length[new] = corpus.length[left] + corpus.length[right]
         if left == right:
-            at = _left_to_right(at, len(tokens[left]))
+            at = _left_to_right(at, int(corpus.length[left]))
         corpus.join(left, right, new, at)
         pairs = corpus.pairs_with(new, at if fresh else corpus.all_of(new))
         if len(pairs[0]):
             queue.add_family(_Family(*pairs, min_count), new)
         if progress and time.monotonic() - said > 0.2:
             said = time.monotonic()
-            progress("learning merges", len(tokens) - 256, size - 256)
+            progress("learning merges", len(tokens) - len(alphabet), size - len(alphabet))
     return merges
-
-
-def _pair(code: int, parent: int | None) -> tuple[int, int]:
-    """The symbols of a pair code: see `first_pairs` (no parent) and `pairs_with`."""
-    if parent is None:
-        return code >> 8, code & 255
-    return (parent, code >> 1) if code & 1 else (code >> 1, parent)
 
 
 def _turned(token: bytes) -> str:

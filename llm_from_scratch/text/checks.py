@@ -6,17 +6,28 @@ what stands in the files beside it.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.text.charsmap import charsmap_parts
 
 Spec = dict[str, Any]
 Config = dict[str, Any]
 
-ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+ROLES = (
+    "bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token",
+)  # fmt: skip
 REMEDY = "fetch it again"
+# Fields that are used as they are, and must have their type.
+FIELDS: dict[str, tuple[type, str]] = {
+    "tokenizer_class": (str, "the name of a class"),
+    "extra_ids": (int, "a whole number"),
+    "mecab_kwargs": (dict, "a table"),
+    "padding_side": (str, "'left' or 'right'"),
+}
 # No vocabulary is larger; one token with the id 4,000,000,000 would be a list of that length.
 LARGEST_ID = 1 << 24
 
@@ -74,7 +85,15 @@ def _check_part(part: Any, name: str) -> None:
         return
     if not isinstance(part, dict) or not isinstance(part.get("type", ""), str):
         raise UserError(f"'{name}' of this tokenizer.json is not a table with a type.")
-    for inner in ("decoders", "pretokenizers"):
+    if part.get("type") == "Precompiled" and name == "normalizer":
+        try:
+            blob = base64.b64decode(part["precompiled_charsmap"], validate=True)
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                "'precompiled_charsmap' of this tokenizer.json is not base64."
+            ) from None
+        charsmap_parts(blob)
+    for inner in ("decoders", "pretokenizers", "normalizers"):
         steps = part.get(inner, [])
         if not isinstance(steps, list):
             raise UserError(f"'{name}' of this tokenizer.json holds no list of steps.")
@@ -100,18 +119,24 @@ def token_text(token: Any) -> str | None:
 def check_config(values: Config, where: Path) -> Config:
     """The content of `tokenizer_config.json` or one of its relatives, tokens as plain texts.
 
-    Raises `UserError`, which names the file and the field.
+    What such a file says of a token beside its text is kept under "token_flags". Raises
+    `UserError`, which names the file and the field.
     """
-    config = dict(values)
+    config = {**values, "token_flags": {}}
 
     def refuse(name: str, must: str) -> UserError:
         return UserError(f"{where}: '{name}' is {values[name]!r:.60}; it must be {must}.")
 
     for role in ROLES:
-        if config.get(role) is not None:
-            config[role] = token_text(config[role])
+        if (entry := config.get(role)) is not None:
+            config[role] = token_text(entry)
             if config[role] is None:
                 raise refuse(role, "a token's text")
+            if isinstance(entry, dict):
+                config["token_flags"][config[role]] = entry
+    for name, (kind, must) in FIELDS.items():
+        if config.get(name) is not None and not isinstance(config[name], kind):
+            raise refuse(name, must)
     extra = config.get("additional_special_tokens")
     if extra is not None and (
         not isinstance(extra, list) or any(token_text(token) is None for token in extra)

@@ -1,15 +1,17 @@
 """Encoding in plain Python, to read: the ids of `Tokenizer.encode`, step by step.
 
 Text is cut at added tokens; each stretch between them is normalised and cut into words; each word
-becomes bytes, and the merges are replayed on it. This reads byte-level BPE and character
-vocabularies, which is what the models of this course use.
+becomes tokens: by replaying merges on its bytes, by the most probable cut (Unigram), or the longest
+piece first (WordPiece). This reads the vocabularies that this course trains: byte-level BPE,
+Unigram, WordPiece and characters.
 """
 
 from __future__ import annotations
 
 import itertools
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from functools import partial
 from typing import Any
 
 import regex
@@ -26,30 +28,23 @@ from llm_from_scratch.text.pretokenize import (
     to_letters,
 )
 from llm_from_scratch.text.tokenizer import without_surrogates
+from llm_from_scratch.text.unigram import UNKNOWN_PENALTY, viterbi
+from llm_from_scratch.text.unigram_spec import BYTES
+from llm_from_scratch.text.wordpiece import LONGEST_WORD, normalize, words_of
+from llm_from_scratch.text.wordpiece import encode_word as encode_wordpiece
 
 Cut = Callable[[str], list[str]]  # a stretch of text to the words in it
+Change = Callable[[str], str]
+WordEncoder = Callable[[str], list[int]]
 
 
 class ReadableEncoder:
     """Encodes as `spec` (the content of a `tokenizer.json`) says."""
 
     def __init__(self, spec: Spec) -> None:
-        model = spec["model"]
-        self.byte_level = is_byte_level(spec)
-        if "merges" not in model or not (self.byte_level or not model["merges"]):
-            raise UserError(
-                "The readable encoder knows byte-level BPE and characters only: use Tokenizer "
-                "for this vocabulary."
-            )
-        self.vocab: dict[str, int] = model["vocab"]
-        self.unknown: str | None = model.get("unk_token")
-        self.whole_words = bool(model.get("ignore_merges"))
-        pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
-        self.ranks: dict[Merge, int] = {}
-        for left, right in pairs:
-            self.ranks[from_letters(left), from_letters(right)] = len(self.ranks)
+        self.encode_word = _word_encoder(spec)
         self.added = {token["content"]: token for token in spec.get("added_tokens", [])}
-        self.normal_form = _normal_form(spec.get("normalizer"))
+        self.change = _change(spec.get("normalizer"))
         self.cuts = _cuts(spec.get("pre_tokenizer"))
         self.known: dict[str, list[int]] = {}  # words met before
 
@@ -66,39 +61,127 @@ class ReadableEncoder:
         return ids
 
     def _encode_plain(self, text: str) -> list[int]:
-        if self.normal_form:
-            text = unicodedata.normalize(self.normal_form, text)
-        words = [text]
+        words = [self.change(text)]
         for cut in self.cuts:
             words = [piece for word in words for piece in cut(word)]
         ids: list[int] = []
         for word in words:
             if word not in self.known:
-                self.known[word] = self._encode_word(word) if self.byte_level else self._spell(word)
+                self.known[word] = self.encode_word(word)
             ids += self.known[word]
         return ids
 
-    def _encode_word(self, word: str) -> list[int]:
+
+# ------------------------------------------------------------------------- words to ids
+
+
+def _word_encoder(spec: Spec) -> WordEncoder:
+    model = spec["model"]
+    special = {token["content"] for token in spec.get("added_tokens", []) if token["special"]}
+    if model.get("type") == "Unigram":
+        return _unigram(model, special)
+    if model.get("type") == "WordPiece":
+        return _wordpiece(model, special)
+    if "merges" in model and is_byte_level(spec):
+        return _byte_pairs(model)
+    if "merges" in model and not model["merges"]:
+        return _characters(model)
+    raise UserError(
+        "The readable encoder knows byte-level BPE, Unigram, WordPiece and characters only: use "
+        "Tokenizer for this vocabulary."
+    )
+
+
+def _byte_pairs(model: dict[str, Any]) -> WordEncoder:
+    vocab: dict[str, int] = model["vocab"]
+    pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+    ranks: dict[Merge, int] = {}
+    for left, right in pairs:
+        ranks[from_letters(left), from_letters(right)] = len(ranks)
+
+    def encode(word: str) -> list[int]:
         data = word.encode()
-        if self.whole_words and (letters := to_letters(data)) in self.vocab:
-            return [self.vocab[letters]]
-        return [self.vocab[to_letters(token)] for token in encode_word(data, self.ranks)]
+        if model.get("ignore_merges") and (letters := to_letters(data)) in vocab:
+            return [vocab[letters]]
+        return [vocab[to_letters(token)] for token in encode_word(data, ranks)]
 
-    def _spell(self, word: str) -> list[int]:
-        """A character vocabulary has nothing to merge."""
-        unknown = [] if self.unknown is None else [self.vocab[self.unknown]]
-        return [i for c in word for i in ([self.vocab[c]] if c in self.vocab else unknown)]
+    return encode
 
 
-def _normal_form(normalizer: dict[str, Any] | None) -> Any:
+def _characters(model: dict[str, Any]) -> WordEncoder:
+    """A character vocabulary has nothing to merge."""
+    vocab: dict[str, int] = model["vocab"]
+    token = model.get("unk_token")
+    unknown = [] if token is None else [vocab[token]]
+    return lambda word: [i for c in word for i in ([vocab[c]] if c in vocab else unknown)]
+
+
+def _unigram(model: dict[str, Any], special: Container[str]) -> WordEncoder:
+    entries = list(enumerate(model["vocab"]))
+    unknown = min(score for _, (_, score) in entries) - UNKNOWN_PENALTY
+    # Special tokens stand in the vocabulary, but ordinary text never becomes one.
+    number = model.get("unk_id")
+    entries = [(i, e) for i, e in entries if e[0] not in special or i == number]
+    scores = {piece: float(score) for _, (piece, score) in entries}
+    ids = {piece: i for i, (piece, _) in entries}
+    longest = max(map(len, scores))
+    by_bytes = model.get("byte_fallback") and all(name in ids for name in BYTES)
+    best = partial(
+        viterbi,
+        scores=scores,
+        longest=longest,
+        unknown=unknown,
+        unknown_piece="" if number is None else model["vocab"][number][0],
+    )
+
+    def encode(word: str) -> list[int]:
+        found: list[int] = []
+        for piece in best(word):
+            if piece in ids:
+                found.append(ids[piece])
+            elif by_bytes:
+                found += [ids[BYTES[byte]] for byte in piece.encode()]
+            else:
+                found += [] if number is None else [number]
+        return found
+
+    return encode
+
+
+def _wordpiece(model: dict[str, Any], special: Container[str]) -> WordEncoder:
+    name = model["unk_token"]
+    vocab = {t: i for t, i in model["vocab"].items() if t not in special or t == name}
+    longest = model.get("max_input_chars_per_word", LONGEST_WORD)
+    unknown = [vocab[name]]
+
+    def encode(word: str) -> list[int]:
+        pieces = encode_wordpiece(word, vocab, longest)
+        return unknown if pieces is None else [vocab[piece] for piece in pieces]
+
+    return encode
+
+
+# ------------------------------------------------------------------------- text to words
+
+
+def _change(normalizer: dict[str, Any] | None) -> Change:
     if normalizer is None:
-        return None
-    if normalizer["type"] not in ("NFC", "NFD", "NFKC", "NFKD"):
-        raise UserError(
-            f"The readable encoder does not know the normalizer {normalizer['type']}: use "
-            "Tokenizer for this vocabulary."
+        return lambda text: text
+    kind = normalizer["type"]
+    if kind in ("NFC", "NFD", "NFKC", "NFKD"):
+        return partial(unicodedata.normalize, kind)
+    if kind == "BertNormalizer":
+        return partial(
+            normalize,
+            clean=normalizer.get("clean_text", True),
+            chinese_apart=normalizer.get("handle_chinese_chars", True),
+            strip_accents=normalizer.get("strip_accents"),
+            lowercase=normalizer.get("lowercase", True),
         )
-    return normalizer["type"]
+    raise UserError(
+        f"The readable encoder does not know the normalizer {kind}: use Tokenizer for this "
+        "vocabulary."
+    )
 
 
 def _cuts(pre_tokenizer: dict[str, Any] | None) -> list[Cut]:
@@ -115,6 +198,8 @@ def _cuts(pre_tokenizer: dict[str, Any] | None) -> list[Cut]:
         if pre_tokenizer.get("use_regex", True):
             cuts.append(lambda text: split_words(text, GPT2_PATTERN))
         return cuts
+    if pre_tokenizer["type"] == "BertPreTokenizer":
+        return [words_of]
     if pre_tokenizer["type"] == "Digits" and pre_tokenizer["individual_digits"]:
         return [lambda text: split_words(text, r"\p{N}")]
     if pre_tokenizer["type"] == "Split" and pre_tokenizer["behavior"] == "Isolated":

@@ -1,9 +1,9 @@
-"""Tokenizers on disk: `tokenizer.json` and its older relatives, read into one specification.
+"""Specifications of byte-level BPE and character vocabularies, and tiktoken's rank files.
 
 A *specification* ("spec") is the content of a `tokenizer.json` as a dict, the format of the
 `tokenizers` package: what the vocabulary is, how text is cut and how tokens become text again. A
 *config* is the content of the `tokenizer_config.json` beside it: which token begins, ends and pads
-a text, and the chat template. Everything else that is read here becomes these two.
+a text, and the chat template. Whatever is read (`files.py`) or trained becomes these two.
 """
 
 from __future__ import annotations
@@ -11,29 +11,13 @@ from __future__ import annotations
 import base64
 import binascii
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_from_scratch.core.errors import UserError
-from llm_from_scratch.core.files import write_aside
-from llm_from_scratch.core.json_files import read_json_object
-from llm_from_scratch.text.checks import (
-    REMEDY,
-    ROLES,
-    Config,
-    Spec,
-    check_config,
-    check_ids,
-    token_text,
-)
-from llm_from_scratch.text.pretokenize import (
-    GPT2_PATTERN,
-    byte_letters,
-    letter_bytes,
-    to_letters,
-)
+from llm_from_scratch.text.checks import Config, Spec
+from llm_from_scratch.text.pretokenize import GPT2_PATTERN, letter_bytes, to_letters
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
@@ -43,6 +27,9 @@ ROLE_NAMES = {
     "eos_token": (END_OF_TEXT, "</s>", "<|eos|>", "<|end_of_text|>", "[EOS]"),
     "pad_token": ("<pad>", "<|pad|>", "[PAD]", "<|padding|>"),
     "unk_token": (UNKNOWN, "<unk>", "[UNK]"),
+    "cls_token": ("[CLS]",),
+    "sep_token": ("[SEP]",),
+    "mask_token": ("[MASK]", "<mask>"),
 }
 TIKTOKEN_PATTERNS = {
     "gpt2": GPT2_PATTERN,
@@ -190,82 +177,7 @@ def guess_roles(special: Sequence[str]) -> Config:
     return roles
 
 
-# ------------------------------------------------------------------------- reading
-
-
-def read_tokenizer(path: Path | str) -> tuple[Spec, Config]:
-    """Spec and config of a folder or a file: `tokenizer.json`, or `vocab.json` + `merges.txt`."""
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give a folder with a tokenizer.json.")
-    config = _read_config(folder)
-    if path.is_file() and path.name not in ("vocab.json", "merges.txt"):
-        return read_json_object(path, REMEDY), config
-    if path.is_dir() and (folder / "tokenizer.json").is_file():
-        return read_json_object(folder / "tokenizer.json", REMEDY), config
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return read_vocab_and_merges(folder / "vocab.json", folder / "merges.txt", config), config
-    found = sorted(p.name for p in folder.iterdir() if "token" in p.name or "vocab" in p.name)
-    has = f" (it has {', '.join(found)})" if found else ""
-    raise UserError(f"{folder} has no tokenizer.json and no vocab.json with merges.txt{has}.")
-
-
-def _read_config(folder: Path) -> Config:
-    """`tokenizer_config.json` and, where it is silent, the files of older and newer layouts."""
-    config: Config = {}
-    if (path := folder / "special_tokens_map.json").is_file():
-        config |= check_config(read_json_object(path, REMEDY), path)
-    if (path := folder / "tokenizer_config.json").is_file():
-        known = check_config(read_json_object(path, REMEDY), path)
-        config |= {key: value for key, value in known.items() if value is not None}
-    if (path := folder / "added_tokens.json").is_file():
-        config["added_tokens.json"] = check_ids(read_json_object(path, REMEDY), path)
-    if (path := folder / "chat_template.jinja").is_file():
-        try:
-            config["chat_template"] = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path} is not UTF-8 text (byte {error.start}); {REMEDY}, or remove it."
-            ) from None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); {REMEDY}.") from error
-    elif (path := folder / "chat_template.json").is_file():
-        known = check_config(read_json_object(path, REMEDY), path)
-        config["chat_template"] = known.get("chat_template")
-    return config
-
-
-def read_vocab_and_merges(vocab: Path, merges: Path, config: Config | None = None) -> Spec:
-    """The spec of a byte-level tokenizer in GPT-2's two files; special tokens as `config` says."""
-    config = config or {}
-    tokens = check_ids(read_json_object(vocab, REMEDY), vocab)
-    if missing := [letter for letter in byte_letters() if letter not in tokens]:
-        raise UserError(
-            f"{vocab} is not a byte-level vocabulary: it lacks the byte {missing[0]!r}. Convert "
-            "this tokenizer to tokenizer.json first."
-        )
-    try:
-        lines = merges.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError as error:
-        raise UserError(f"{merges} cannot be read ({error.strerror}); {REMEDY}.") from error
-    if lines and lines[0].startswith("#version"):
-        lines = lines[1:]
-    added: dict[str, int] = dict(config.get("added_tokens.json", {}))
-    for number, entry in (config.get("added_tokens_decoder") or {}).items():
-        added[entry["content"]] = int(number)
-    roles = [config[role] for role in ROLES if config.get(role)]
-    extra = [token_text(token) for token in config.get("additional_special_tokens") or []]
-    default = [END_OF_TEXT] if not roles and END_OF_TEXT in tokens else []
-    tokens |= added
-    named = [*roles, *extra, *added, *default]
-    special = dict.fromkeys(token for token in named if token in tokens)
-    return bpe_spec(
-        tokens,
-        [line.rstrip("\r") for line in lines if line.strip()],
-        special=special,
-        add_prefix_space=bool(config.get("add_prefix_space", False)),
-    )
+# ------------------------------------------------------------------------- tiktoken
 
 
 def read_tiktoken(
@@ -335,24 +247,6 @@ def merges_of_ranks(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
         if len(parts) == 2:
             merges.append((parts[0], parts[1]))
     return merges
-
-
-# ------------------------------------------------------------------------- writing
-
-
-def write_tokenizer(folder: Path | str, spec: Spec, config: Config) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`, as `transformers.AutoTokenizer` reads."""
-    folder = Path(folder)
-    internal = ("added_tokens.json", "added_tokens_decoder")  # both are in tokenizer.json
-    config = {key: value for key, value in config.items() if key not in internal}
-    if spec["model"].get("type") == "BPE" or "tokenizer_class" not in config:
-        # This class takes tokenizer.json as it is; named ones rebuild parts of it from habit.
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config.setdefault("clean_up_tokenization_spaces", False)
-    with write_aside(folder / "tokenizer.json") as file:
-        json.dump(spec, file, ensure_ascii=False, indent=2)
-    with write_aside(folder / "tokenizer_config.json") as file:
-        json.dump(config, file, ensure_ascii=False, indent=2)
 
 
 def is_byte_level(spec: Spec) -> bool:

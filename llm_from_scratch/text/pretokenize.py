@@ -13,7 +13,7 @@ Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import regex
@@ -124,6 +124,22 @@ def _pieces(text: str) -> Iterator[str]:
         yield text[start : cut.start()]
         start = cut.start()
     yield text[start:] if start else text
+
+
+def frequent(counts: Mapping[str, int], coverage: float, most: int) -> list[str]:
+    """The most frequent symbols that make up the share `coverage` of all, at most `most` of them.
+
+    A few thousand kanji are nearly all of a Japanese text; as many again occur once or twice.
+    """
+    ranked = sorted(counts, key=lambda symbol: (-counts[symbol], symbol))
+    wanted = coverage * sum(counts.values())
+    chosen: list[str] = []
+    for symbol in ranked[:most]:
+        if wanted <= 0:
+            break
+        wanted -= counts[symbol]
+        chosen.append(symbol)
+    return chosen
 
 
 @lru_cache(maxsize=1)

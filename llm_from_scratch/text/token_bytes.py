@@ -14,7 +14,7 @@ from typing import Any
 from llm_from_scratch.text.checks import Spec
 from llm_from_scratch.text.formats import is_byte_level, token_to_bytes
 
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 
 
 class TokenBytes:
@@ -59,7 +59,7 @@ class TokenBytes:
         if self.letters:
             data = token_to_bytes(token)
             return token.encode() if data is None else data
-        if self.byte_fallback and (match := _BYTE.match(token)):
+        if self.byte_fallback and (match := BYTE_TOKEN.match(token)):
             return bytes([int(match[1], 16)])
         if self.prefix and token.startswith(self.prefix):
             token = token[len(self.prefix) :]

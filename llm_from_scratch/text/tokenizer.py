@@ -17,15 +17,12 @@ import tokenizers
 
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.core.json_files import read_json_object
-from llm_from_scratch.text.backend import inert_spec, open_backend, sibling
+from llm_from_scratch.text.backend import inert_spec, open_backend, run_backend, sibling
 from llm_from_scratch.text.checks import REMEDY, Config, Spec, check_spec, stop_ids
-from llm_from_scratch.text.formats import (
-    added_token,
-    guess_roles,
-    read_tiktoken,
-    read_tokenizer,
-    write_tokenizer,
-)
+from llm_from_scratch.text.files import read_tokenizer, write_tokenizer
+from llm_from_scratch.text.formats import added_token, guess_roles, read_tiktoken
+from llm_from_scratch.text.front import Front, run_front
+from llm_from_scratch.text.inputs import Encoded, encode_inputs
 from llm_from_scratch.text.pretokenize import special_splitter
 from llm_from_scratch.text.token_bytes import TokenBytes
 
@@ -45,28 +42,20 @@ def without_surrogates(text: str) -> str:
     return text
 
 
-def _encode(backend: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
-    try:
-        # The "fast" call leaves out what is not asked for: where in the text each token was.
-        found = backend.encode_batch_fast(texts, add_special_tokens=False)
-    except Exception as error:  # a vocabulary that lacks the token which its rules call for
-        raise UserError(
-            f"The tokenizer cannot encode this text ({error}); its tokenizer.json is not sound, "
-            "fetch it again."
-        ) from error
-    return [one.ids for one in found]
-
-
 class Tokenizer:
     """A vocabulary and its rules. Make one with `load`, `from_spec`, or by training.
 
     Attributes:
         spec: the content of its `tokenizer.json`.
         config: the content of its `tokenizer_config.json`.
+        front: what is done to a text before that, where `tokenizer.json` cannot say it.
     """
 
-    def __init__(self, spec: Spec, config: Config | None = None) -> None:
+    def __init__(
+        self, spec: Spec, config: Config | None = None, front: Front | None = None
+    ) -> None:
         check_spec(spec)
+        self.front = front
         self.spec = {**spec, "added_tokens": spec.get("added_tokens") or []}
         _ = self._plain  # a specification that cannot be used says so here
         self.config: Config = dict(config or {})
@@ -78,17 +67,23 @@ class Tokenizer:
     # ---------------------------------------------------------------- making and keeping
 
     @classmethod
-    def from_spec(cls, spec: Spec, config: Config | None = None) -> Tokenizer:
+    def from_spec(
+        cls, spec: Spec, config: Config | None = None, front: Front | None = None
+    ) -> Tokenizer:
         """A tokenizer from the contents of `tokenizer.json` and `tokenizer_config.json`."""
-        return cls(spec, config)
+        return cls(spec, config, front)
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
-        """Read a folder (`tokenizer.json`, or `vocab.json` and `merges.txt`) or a file."""
-        spec, config = read_tokenizer(path)
+        """Read a folder or a file of it.
+
+        That is `tokenizer.json`, a SentencePiece model, `vocab.txt`, or `vocab.json` with
+        `merges.txt`: whichever comes first.
+        """
+        found = read_tokenizer(path)
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         try:
-            tokenizer = cls.from_spec(spec, config)
+            tokenizer = cls.from_spec(found.spec, found.config, found.front)
         except UserError as error:
             file = folder / "tokenizer.json"
             raise UserError(f"{file if file.is_file() else path}: {error}") from error
@@ -111,8 +106,11 @@ class Tokenizer:
         return cls.from_spec(read_tiktoken(path, pattern=pattern, special=special), config)
 
     def save(self, folder: Path | str) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json` into `folder`."""
-        write_tokenizer(folder, self.spec, self.config)
+        """Write `tokenizer.json` and `tokenizer_config.json` into `folder`.
+
+        A Japanese BERT's and a Marian tokenizer are written as the files of their classes.
+        """
+        write_tokenizer(folder, self.spec, self.config, self.front, self.tokens)
 
     def add_tokens(self, tokens: Sequence[str], *, special: bool = False) -> int:
         """Append tokens to the vocabulary; those that it has are only marked as added.
@@ -217,6 +215,30 @@ class Tokenizer:
         return None if token is None else self.token_id(str(token))
 
     @property
+    def cls_id(self) -> int | None:
+        """The token before a text for an encoder, which comes to stand for it; or None."""
+        return self._role("cls_token")
+
+    @property
+    def sep_id(self) -> int | None:
+        """The token that an encoder sees after each text; None when there is none."""
+        return self._role("sep_token")
+
+    @property
+    def mask_id(self) -> int | None:
+        """The token for a word to be guessed; None when there is none."""
+        return self._role("mask_token")
+
+    @cached_property
+    def target(self) -> Tokenizer:
+        """For texts in the language that a translator writes; for all others the tokenizer itself.
+
+        Its ids are the same model's, and `decode` may be that of either.
+        """
+        found = self.front.target() if self.front else None
+        return Tokenizer(found[0], self.config, found[1]) if found else self
+
+    @property
     def chat_template(self) -> str | None:
         """The Jinja template that turns messages into text; may be set."""
         return self.config.get("chat_template")
@@ -240,7 +262,8 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """The SHA-256 of the specification: equal for tokenizers that give equal ids."""
-        text = json.dumps(self.spec, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+        said = {**self.spec, "front": self.front.state} if self.front else self.spec
+        text = json.dumps(said, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def __repr__(self) -> str:
@@ -267,25 +290,58 @@ class Tokenizer:
         With `special=False` the text is a user's: `<|endoftext|>` in it is eleven characters or
         so. With `special=True` it was made by a template, and special tokens become their ids.
         """
-        backend = self._with_special if special else self._plain
         text = without_surrogates(text)
         self._check_characters(text, special)
-        ids = _encode(backend, [text])[0]
-        return ids if special else self._disarmed(ids, text)
+        if special:
+            return self._run(self._with_special, [text], special=True)[0]
+        return self._disarmed(self._run(self._plain, [text])[0], text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` (without special tokens) of many texts, on all cores."""
         texts = [without_surrogates(text) for text in texts]
         for text in texts:
             self._check_characters(text, special=False)
-        found = _encode(self._plain, texts)
+        found = self._run(self._plain, texts)
         return [self._disarmed(ids, text) for ids, text in zip(found, texts, strict=True)]
+
+    def encode_inputs(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        max_length: int | None = None,
+        special: bool = False,
+    ) -> Encoded:
+        """A batch for a model: each text with the special tokens that belong around it, padded.
+
+        Args:
+            texts: one a row.
+            pairs: a second text for each row (a question and a passage, two sentences).
+            max_length: rows that are longer, special tokens included, are cut; of a pair the
+                longer text gives way first.
+            special: as in `encode`: special tokens in the texts are found.
+
+        Raises `UserError` where the counts differ or there is no token to pad with.
+        """
+        return encode_inputs(self, texts, pairs, max_length=max_length, special=special)
+
+    def _run(
+        self, backend: tokenizers.Tokenizer, texts: list[str], *, special: bool = False
+    ) -> list[list[int]]:
+        """The ids of texts; with a front, of what lies between the added tokens in them."""
+        if self.front is None:
+            return run_backend(backend, texts)
+        added = {t["content"]: t["id"] for t in self.spec["added_tokens"]}
+        if special:  # what lies between special tokens is plain text all the same
+            return run_front(self.front, self._plain, texts, added)
+        plain = [t["content"] for t in self.spec["added_tokens"] if not t["special"]]
+        return run_front(self.front, backend, texts, {token: added[token] for token in plain})
 
     def _disarmed(self, ids: list[int], text: str) -> list[int]:
         """`ids`, or new ones if a special token came out of plain text."""
         if self._special_ids.isdisjoint(ids):
             return ids
-        return _encode(self._inert, [text])[0]
+        return self._run(self._inert, [text])[0]
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -333,8 +389,11 @@ class Tokenizer:
         return data
 
     def _find_bytes(self, token_id: int, first: bool = False) -> bytes:
-        if token_id in self._added:  # these are written as they are, in every notation
-            return self._added[token_id].encode()
+        if token_id in self._added:
+            # Bytes as letters are for the vocabulary alone; `▁` is a space in an added token, too.
+            added = self._added[token_id]
+            plain = self.bytes_rule.letters
+            return added.encode() if plain else self.bytes_rule(added, first=first)
         token = self.tokens[token_id] if 0 <= token_id < len(self.tokens) else None
         return b"" if token is None else self.bytes_rule(token, first=first)
 

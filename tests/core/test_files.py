@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,20 @@ def test_a_failed_folder_leaves_the_old_folder(tmp_path: Path) -> None:
         raise RuntimeError
     assert (path / "x").read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such rights")
+def test_files_have_ordinary_rights(tmp_path: Path) -> None:
+    """Whatever made them: some libraries write files that only their owner can read."""
+    (tmp_path / "ordinary").touch()
+    (tmp_path / "ordinary-folder").mkdir()
+    with write_aside(tmp_path / "file") as file:
+        file.write("x")
+    with folder_aside(tmp_path / "folder") as aside:
+        (aside / "private").touch(mode=0o600)
+    rights = [(tmp_path / name).stat().st_mode for name in ("ordinary", "file", "folder/private")]
+    assert len(set(rights)) == 1
+    assert (tmp_path / "folder").stat().st_mode == (tmp_path / "ordinary-folder").stat().st_mode
 
 
 def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(

@@ -14,13 +14,8 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.text.encoder import ReadableEncoder
-from llm_from_scratch.text.formats import (
-    TIKTOKEN_PATTERNS,
-    bpe_spec,
-    read_tiktoken,
-    read_tokenizer,
-    read_vocab_and_merges,
-)
+from llm_from_scratch.text.files import read_tokenizer, read_vocab_and_merges
+from llm_from_scratch.text.formats import TIKTOKEN_PATTERNS, bpe_spec, read_tiktoken
 from llm_from_scratch.text.pretokenize import GPT2_PATTERN, byte_letters, from_letters
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.text.training import train_tokenizer
@@ -263,9 +258,9 @@ def test_bad_files_are_named(tmp_path: Path):
     write(folder, "merges.txt", "a b\n")
     with pytest.raises(UserError, match="not a byte-level vocabulary"):
         read_tokenizer(folder)
-    write(tmp_path / "older", "tokenizer.model", b"\x00")
     (folder / "vocab.json").unlink()
-    with pytest.raises(UserError, match=r"it has tokenizer\.model"):
+    write(folder, "vocab.bin", b"\x00")
+    with pytest.raises(UserError, match=r"has no tokenizer\.json.* \(it has vocab\.bin\)"):
         read_tokenizer(folder)
 
 
@@ -280,9 +275,9 @@ def test_specs_that_do_not_fit():
 
 
 def test_the_readable_encoder_says_what_it_cannot_read():
-    wordpiece = {"model": {"type": "WordPiece", "vocab": {"a": 0}}, "added_tokens": []}
-    with pytest.raises(UserError, match="byte-level BPE and characters only"):
-        ReadableEncoder(wordpiece)
+    words = {"model": {"type": "WordLevel", "vocab": {"a": 0}}, "added_tokens": []}
+    with pytest.raises(UserError, match="byte-level BPE, Unigram, WordPiece and characters only"):
+        ReadableEncoder(words)
     spec = bpe_spec(sorted(byte_letters()), [])
     with pytest.raises(UserError, match="normalizer Lowercase"):
         ReadableEncoder({**spec, "normalizer": {"type": "Lowercase"}})
