@@ -8,6 +8,9 @@ Axes: b batch, t time, m features of the model.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from llm_from_scratch.model.config import ModelConfig
@@ -39,6 +42,32 @@ class Encoder(Stack):
         sight = self.sight(tokens_bt, attention_mask, None)
         return self.run(self.embed(tokens_bt, sight.positions, segments_bt), sight, None)
 
-    def pooled(self, hidden_btm: Tensor) -> Tensor:
+    def add_pooler(self, seed: int) -> None:
+        """Give it a pooler with fresh weights, unless it has one."""
+        if self.config.pooler:
+            return
+        self.config = replace(self.config, pooler=True)
+        self.pooler = Linear(self.config.d_model, self.config.d_model)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.empty(self.pooler.weight.shape).normal_(generator=generator)
+        with torch.no_grad():
+            self.pooler.weight.copy_(drawn * self.config.init_std)
+            self.pooler.bias.zero_()
+
+    def drop_pooler(self) -> None:
+        """Take the pooler away, if there is one."""
+        if self.config.pooler:
+            self.config = replace(self.config, pooler=False)
+            del self.pooler
+
+    def pooled(self, hidden_btm: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """tanh of a dense layer on the first token's state, (b, m): BERT's view of a whole text."""
-        return self.pooler(hidden_btm[:, 0]).tanh()
+        return self.pooler(first_state(hidden_btm, attention_mask)).tanh()
+
+
+def first_state(hidden_btm: Tensor, mask_bt: Tensor | None) -> Tensor:
+    """The state of each row's first token that is no padding: (b, m)."""
+    if mask_bt is None:
+        return hidden_btm[:, 0]
+    rows = torch.arange(len(hidden_btm), device=hidden_btm.device)
+    return hidden_btm[rows, mask_bt.int().argmax(-1)]

@@ -29,8 +29,26 @@ class EncoderDecoder(nn.Module):
             self.logits_bias = nn.Parameter(torch.zeros(config.decoder.vocab_size))
         self.tie()
 
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The precision of the activations of both stacks; None means that of the weights."""
+        return self.decoder.compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype | None) -> None:
+        self.encoder.compute_dtype = self.decoder.compute_dtype = dtype
+
+    def initialise(self, seed: int) -> None:
+        """Draw fresh weights for both stacks, as `Stack.initialise` does."""
+        self.encoder.initialise(seed)
+        self.decoder.initialise(seed + 1)
+
     def tie(self) -> None:
         """Let matrices that are one be one; called again once real weights stand in."""
+        if hasattr(self, "logits_bias"):
+            self.logits_bias.requires_grad_(False)
+        if not isinstance(self.decoder, Decoder):
+            return  # a head that looks at the source alone took it away
         if self.config.share_embeddings:
             self.decoder.embedding.weight = self.encoder.embedding.weight
         if self.config.decoder.tie_embeddings:
@@ -56,7 +74,7 @@ class EncoderDecoder(nn.Module):
     def hidden(
         self,
         target_bt: Tensor,
-        encoded_bsm: Tensor | None,
+        encoded_bsm: Tensor | None = None,
         *,
         attention_mask: Tensor | None = None,
         target_mask: Tensor | None = None,

@@ -2,7 +2,8 @@
 
 The model knows as much as all experts together and computes as much as the chosen ones (Shazeer et
 al., arXiv:1701.06538; Switch Transformers, arXiv:2101.03961; Qwen3, arXiv:2505.09388). Nothing is
-dropped: an expert takes all who come, and the load-balancing loss keeps them from all coming to one.
+dropped: an expert takes all who come. That not all come to one is what the load-balancing loss is
+for.
 
 Axes: b batch, t time, n tokens (batch and time together), e experts, a experts active per token, v
 visits (a per token), f features of an expert, m features of the model.
@@ -109,7 +110,7 @@ class Experts(nn.Module):
     def feed_forward(self, x_vm: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         """One expert's work for those who came to it: (v, m) -> (v, m)."""
         gate, up, down = (weight.to(x_vm.dtype) for weight in (gate, up, down))
-        bent = activate(F.linear(x_vm, gate), self.config)
+        bent = activate(F.linear(x_vm, gate), self.config.activation)
         return F.linear(bent * F.linear(x_vm, up), down)
 
 
@@ -130,10 +131,14 @@ def mix_by_hand(experts: Experts, x_btm: Tensor) -> Tensor:
     return torch.stack(y_nm).view_as(x_btm)
 
 
+def experts_of(model: nn.Module) -> list[Experts]:
+    """The mixtures in a model, first block first."""
+    return [part for part in model.modules() if isinstance(part, Experts)]
+
+
 def routings(model: nn.Module) -> list[Routing]:
     """What the routers of a model decided in its last pass, first block first."""
-    found = [part.routing for part in model.modules() if isinstance(part, Experts)]
-    return [routing for routing in found if routing is not None]
+    return [part.routing for part in experts_of(model) if part.routing is not None]
 
 
 def visit_shares(routing: Routing, mask_bt: Tensor | None = None) -> Tensor:
@@ -149,20 +154,27 @@ def visit_shares(routing: Routing, mask_bt: Tensor | None = None) -> Tensor:
     return visits / visits.sum(-1, keepdim=True).clamp(min=1)
 
 
-def balance_losses(routings: Sequence[Routing], mask_bt: Tensor | None = None) -> Tensor:
-    """The load-balancing loss of each row: (b,), at least about a where visits are even.
+def balance_losses(
+    routings: Sequence[Routing], mask_bt: Tensor | None = None, pooled: bool = False
+) -> Tensor:
+    """The load-balancing loss of each row: (b,), about a where visits are even, more where not.
 
     e * sum over experts of f * P, with f the visits per token that an expert got and P the mean
-    probability that the router gave it, both over the row's tokens and over all layers together
-    (Switch Transformers, arXiv:2101.03961, equations 4 to 6; layers pooled as in `transformers`).
-    Only P has a gradient: it pulls probability away from the experts that are visited most.
+    probability that the router gave it, over the row's tokens whose mask is not 0 (Switch
+    Transformers, arXiv:2101.03961, equations 4 to 6); the mean over the layers. Only P has a
+    gradient: it draws probability away from the experts that are visited most.
+
+    `pooled` takes f and P over all layers together, as `transformers` does. Expert 3 of one layer
+    has nothing to do with expert 3 of the next, so that one may starve while the other is crowded.
     """
     b, t, e = routings[0].probabilities.shape
     kept_bt = routings[0].probabilities.new_ones(b, t) if mask_bt is None else mask_bt.float()
     tokens_b1 = kept_bt.sum(-1, keepdim=True).clamp(min=1)
-    visits_be = torch.stack([visit_shares(r, mask_bt) for r in routings]).mean(0)
-    mean_be = torch.stack(
+    share_lbe = torch.stack([visit_shares(r, mask_bt) for r in routings])
+    mean_lbe = torch.stack(
         [(r.probabilities * kept_bt[..., None]).sum(1) / tokens_b1 for r in routings]
-    ).mean(0)
+    )
+    if pooled:
+        share_lbe, mean_lbe = share_lbe.mean(0, keepdim=True), mean_lbe.mean(0, keepdim=True)
     n_active = routings[0].chosen.shape[-1]
-    return e * n_active * (visits_be * mean_be).sum(-1)
+    return e * n_active * (share_lbe * mean_lbe).sum(-1).mean(0)

@@ -97,7 +97,8 @@ class Attention(nn.Module):
 
     def split(self, x_btm: Tensor) -> Tensor:
         """(b, t, heads * d) -> (b, heads, t, d)."""
-        return x_btm.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+        b, t, _ = x_btm.shape
+        return x_btm.view(b, t, -1, self.config.head_dim).transpose(1, 2)
 
     def queries_keys(self, x_btm: Tensor) -> tuple[Tensor, Tensor]:
         """(b, h, t, d) and (b, k, t, d), normed where the config says so."""
@@ -151,15 +152,17 @@ class Attention(nn.Module):
         return self.o(y_bhtd.transpose(1, 2).flatten(2))
 
 
-def activate(x: Tensor, config: ModelConfig) -> Tensor:
-    """The bend between a feed-forward's matrices, by the name that the config gives."""
-    match config.activation:
+def activate(x: Tensor, name: str) -> Tensor:
+    """The bend between two matrices, by its name in a config."""
+    match name:
         case "silu":
             return F.silu(x)
         case "gelu":
             return F.gelu(x)
         case "gelu_tanh":
             return F.gelu(x, approximate="tanh")
+        case "tanh":
+            return x.tanh()
     return F.relu(x)
 
 
@@ -180,6 +183,7 @@ class FeedForward(nn.Module):
         self.down = Linear(f, m, bias=bias)
 
     def forward(self, x_btm: Tensor) -> Tensor:
+        name = self.config.activation
         if self.config.gated:
-            return self.down(activate(self.gate(x_btm), self.config) * self.up(x_btm))
-        return self.down(activate(self.up(x_btm), self.config))
+            return self.down(activate(self.gate(x_btm), name) * self.up(x_btm))
+        return self.down(activate(self.up(x_btm), name))

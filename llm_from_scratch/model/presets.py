@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from llm_from_scratch.core.errors import UserError, nearest
-from llm_from_scratch.model.config import ModelConfig, RopeScaling
+from llm_from_scratch.model.config import ExpertsConfig, ModelConfig, RopeScaling
 
-# What each family that can be trained from scratch adds to the plain fields.
+BIASES = {"attention_bias": True, "output_bias": True, "feed_forward_bias": True}
+QK_NORM = {"qk_norm": "head", "norm_eps": 1e-6}
+GEMMA = {
+    "norm": "rms_plus_one",
+    "norm_eps": 1e-6,
+    "residual": "sandwich",
+    "scale_embedding": True,
+    "activation": "gelu_tanh",
+}
+# What each family that can be trained from scratch adds to the plain fields. That its class can
+# express it is what the tables in weights/families/ are asked by a test.
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {},
-    "qwen3": {"qk_norm": "head", "norm_eps": 1e-6},
+    "qwen3": QK_NORM,
+    "qwen3_moe": QK_NORM,
+    "qwen2": {"attention_bias": True, "norm_eps": 1e-6},
+    "mistral": {},
+    "olmo2": {"residual": "branch_end", "qk_norm": "all"},
+    "gemma2": {**GEMMA, "attention_softcap": 50.0, "logit_softcap": 30.0},
+    "gemma3_text": {**GEMMA, "qk_norm": "head", "local_rope_theta": 10_000.0},
     "gpt2": {
         "norm": "layer",
         "position": "learned",
         "activation": "gelu_tanh",
         "gated": False,
-        "attention_bias": True,
-        "output_bias": True,
-        "feed_forward_bias": True,
+        **BIASES,
+    },
+    "gpt_neox": {
+        "norm": "layer",
+        "residual": "parallel",
+        "activation": "gelu",
+        "gated": False,
+        **BIASES,
     },
 }
+MIXTURES = ("qwen3_moe",)
+# Which families have layers with a window: all but each so-manieth one.
+WINDOWED = {"mistral": math.inf, "gemma2": 2, "gemma3_text": 6}
 
 
 def _sizes(
@@ -96,7 +121,7 @@ class ModelSettings:
     """The `model` part of a run: a preset or a depth, and whatever differs from it."""
 
     family: str = "llama"
-    """What the model is saved as: llama, qwen3 (adds QK-norm) or gpt2."""
+    """What it is saved as: llama, qwen3, qwen3_moe (experts), gpt2, mistral, gemma3_text, ..."""
     preset: str | None = None
     """A size that people know, such as gpt2 or smollm2-135m; the fields below override it."""
     depth: int = 4
@@ -112,7 +137,17 @@ class ModelSettings:
     head_dim: int | None = None
     """Features per head; default d_model / n_heads."""
     d_ff: int | None = None
-    """Width of the feed-forward; default 8/3 of d_model (4 for gpt2), rounded up to 32."""
+    """Width of the feed-forward; default 8/3 of d_model (4 if not gated), rounded up to 32."""
+    window: int | None = None
+    """Tokens that the layers of a mistral see (of a gemma2 half, of a gemma3_text five in six)."""
+    n_experts: int | None = None
+    """Experts in each block of a qwen3_moe; default 8."""
+    n_active: int | None = None
+    """Experts that each token visits; default 2."""
+    expert_d_ff: int | None = None
+    """Width of one expert; default d_ff / n_active, rounded up to 32."""
+    balance: float | None = None
+    """Weight of the experts' load-balancing loss; default 0.01."""
     max_seq_len: int | None = None
     """Longest context in tokens; default data.seq_len."""
     rope_theta: float | None = None
@@ -125,12 +160,16 @@ class ModelSettings:
     """Standard deviation of fresh weights."""
 
 
+SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff")
+MIXTURE = ("n_experts", "n_active", "expert_d_ff", "balance")
+
+
 def _round_up(value: float, multiple: int) -> int:
     return int(-(-value // multiple) * multiple)
 
 
-def resolve(settings: ModelSettings, vocab_size: int, seq_len: int) -> ModelConfig:
-    """The complete architecture that the settings mean, for a vocabulary and a training length."""
+def _family(settings: ModelSettings) -> tuple[str, dict[str, object]]:
+    """The family and the preset's fields."""
     if settings.preset is not None and settings.preset not in PRESETS:
         raise UserError(
             f"model.preset '{settings.preset}' is not known; there are {', '.join(PRESETS)}."
@@ -141,41 +180,87 @@ def resolve(settings: ModelSettings, vocab_size: int, seq_len: int) -> ModelConf
             f"model.family '{settings.family}' is not known; there are {', '.join(FAMILIES)}."
             + nearest(settings.family, FAMILIES)
         )
-    family = settings.family
-    fields: dict[str, object] = {}
-    if settings.preset is not None:
-        family, fields = PRESETS[settings.preset]
-        if settings.family not in (family, ModelSettings.family):
-            raise UserError(
-                f"model.preset '{settings.preset}' is of the family {family}, but model.family "
-                f"says {settings.family}. Leave one of the two out."
-            )
-    given = {
-        name: getattr(settings, name)
-        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff")
-        if getattr(settings, name) is not None
-    }
-    for name, value in given.items():
-        if value < 1:
+    if settings.preset is None:
+        return settings.family, {}
+    family, fields = PRESETS[settings.preset]
+    if settings.family not in (family, ModelSettings.family):
+        raise UserError(
+            f"model.preset '{settings.preset}' is of the family {family}, but model.family "
+            f"says {settings.family}. Leave one of the two out."
+        )
+    return family, fields
+
+
+def _sizes_given(settings: ModelSettings, fields: dict[str, object]) -> dict[str, int]:
+    """The sizes that the preset and the settings fix; the settings win."""
+    given: dict[str, int] = {}
+    for name in ("depth", *SIZES, "window", *MIXTURE[:3]):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
             raise UserError(f"model.{name} is {value}; it must be at least 1.")
-    if settings.depth < 1:
-        raise UserError(f"model.depth is {settings.depth}; it must be at least 1.")
-    sizes = {**fields, **given}
+        if value is not None and name in SIZES:
+            given[name] = value
+    sizes = {name: value for name, value in fields.items() if name in SIZES} | given
     # A changed width or head count changes what was derived from it.
     if "n_heads" in given and "n_kv_heads" not in given:
         sizes.pop("n_kv_heads", None)
     if "d_model" in given and "d_ff" not in given:
         sizes.pop("d_ff", None)
-    n_layers = int(sizes.get("n_layers", settings.depth))  # type: ignore[call-overload]
-    d_model = int(sizes.get("d_model", 64 * n_layers))  # type: ignore[call-overload]
-    n_heads = int(sizes.get("n_heads", max(1, d_model // 64)))  # type: ignore[call-overload]
+    return sizes  # type: ignore[return-value]
+
+
+def _windows(settings: ModelSettings, family: str, n: int) -> tuple[int, ...]:
+    """Which of n blocks see a window only."""
+    if settings.window is None:
+        return ()
+    if family not in WINDOWED:
+        raise UserError(
+            f"model.window is given, but a {family} is trained without. Leave it out, or set "
+            f"model.family to one of {', '.join(WINDOWED)}."
+        )
+    # The last of each so many sees everything.
+    return tuple(layer for layer in range(n) if (layer + 1) % WINDOWED[family])
+
+
+def _experts(settings: ModelSettings, family: str, d_ff: int, n: int) -> ExpertsConfig | None:
+    """The mixture in each of n blocks, where the family has one."""
+    if family not in MIXTURES:
+        for name in MIXTURE:
+            if getattr(settings, name) is not None:
+                raise UserError(
+                    f"model.{name} is given, but a {family} has no experts. Leave it out, or set "
+                    f"model.family to {' or '.join(MIXTURES)}."
+                )
+        return None
+    e, active = settings.n_experts or 8, settings.n_active or 2
+    if active > e:
+        raise UserError(f"model.n_active ({active}) is more than model.n_experts ({e}).")
+    balance = 0.01 if settings.balance is None else settings.balance
+    if not 0 <= balance < math.inf:
+        raise UserError(f"model.balance is {balance}; it must be a number that is not negative.")
+    return ExpertsConfig(
+        n_experts=e,
+        n_active=active,
+        d_ff=settings.expert_d_ff or _round_up(d_ff / active, 32),
+        balance=balance,
+        layers=tuple(range(n)),
+    )
+
+
+def resolve(settings: ModelSettings, vocab_size: int, seq_len: int) -> ModelConfig:
+    """The complete architecture that the settings mean, for a vocabulary and a training length."""
+    family, fields = _family(settings)
+    sizes = _sizes_given(settings, fields)
+    n_layers = sizes.get("n_layers", settings.depth)
+    d_model = sizes.get("d_model", 64 * n_layers)
+    n_heads = sizes.get("n_heads", max(1, d_model // 64))
     if "head_dim" not in sizes and d_model % n_heads:
         raise UserError(
             f"model.d_model ({d_model}) is not a multiple of model.n_heads ({n_heads}); "
             "change one of them or give model.head_dim."
         )
-    per_head = int(sizes.get("head_dim", d_model // n_heads))  # type: ignore[call-overload]
-    wide = 4 * d_model if family == "gpt2" else _round_up(d_model * 8 / 3, 32)
+    gated = FAMILIES[family].get("gated", True)
+    d_ff = sizes.get("d_ff", _round_up(d_model * 8 / 3, 32) if gated else 4 * d_model)
     max_seq_len = settings.max_seq_len or seq_len
     if max_seq_len < seq_len:
         raise UserError(
@@ -188,15 +273,20 @@ def resolve(settings: ModelSettings, vocab_size: int, seq_len: int) -> ModelConf
         d_model=d_model,
         n_layers=n_layers,
         n_heads=n_heads,
-        n_kv_heads=int(sizes.get("n_kv_heads", n_heads)),  # type: ignore[call-overload]
-        head_dim=per_head,
-        d_ff=int(sizes.get("d_ff", wide)),  # type: ignore[call-overload]
+        n_kv_heads=sizes.get("n_kv_heads", n_heads),
+        head_dim=sizes.get("head_dim", d_model // n_heads),
+        d_ff=d_ff,
         max_seq_len=max_seq_len,
+        window=settings.window,
+        window_layers=_windows(settings, family, n_layers),
+        experts=_experts(settings, family, d_ff, n_layers),
         tie_embeddings=settings.tie_embeddings,
         dropout=settings.dropout,
         init_std=settings.init_std,
         **FAMILIES[family],  # type: ignore[arg-type]
     )
+    if family.startswith("gemma"):  # the class wants to be told what others take for granted
+        config = replace(config, attention_width=config.head_dim)
     theta = settings.rope_theta
     if theta is None:
         theta = fields.get("rope_theta", config.rope_theta)  # type: ignore[assignment]

@@ -68,6 +68,10 @@ def look(
     if cache is not None:
         return _look_into_cache(config, tokens_bt.shape[1], cache)
     steps = torch.arange(tokens_bt.shape[1], device=tokens_bt.device)
+    windowed = config.window is not None and len(steps) > config.window
+    spelled_out = config.causal and config.relative_buckets > 0  # a bias stands on its mask
+    if documents_bt is None and not windowed and not spelled_out:
+        return Sight(steps, None, config.causal, None, config.causal)
     back = steps[:, None] - steps[None, :]  # how far behind the query a key lies
     positions, mask, causal = steps, None, config.causal
     if documents_bt is not None:
@@ -76,9 +80,9 @@ def look(
         positions = (same & (back > 0)).sum(-1)
         mask = (same & (back >= 0) if config.causal else same)[:, None]
         causal = False
-    elif config.relative_buckets and config.causal:
-        mask, causal = back >= 0, False  # the bias needs its mask spelled out
-    if config.window is None or len(steps) <= config.window:
+    elif spelled_out:
+        mask, causal = back >= 0, False
+    if config.window is None or not windowed:
         return Sight(positions, mask, causal, mask, causal)
     near = back < config.window if config.causal else back.abs() <= config.window
     if mask is not None:

@@ -6,6 +6,7 @@ from llm_from_scratch.transformer.attention import (
     MultiHeadAttention,
     ScaledDotProductAttention,
 )
+from llm_from_scratch.transformer.convert import to_encoder_decoder
 from llm_from_scratch.transformer.transformer import (
     Decoder,
     DecoderBlock,
@@ -38,4 +39,5 @@ __all__ = [
     "create_subsequent_mask",
     "layer_norm",
     "sinusoidal_position_encoding",
+    "to_encoder_decoder",
 ]

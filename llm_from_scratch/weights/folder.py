@@ -2,8 +2,7 @@
 
 `config.json` says what the model is, `model.safetensors` (or numbered shards with an index) holds
 its weights, `tokenizer.json` its vocabulary. Everything in the headers is checked before the first
-weight is read. Pickles (`pytorch_model.bin`) are refused: opening one can run any program. Only
-`pickles.py` looks into them.
+weight is read.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,7 +23,10 @@ from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.core.files import folder_aside
 from llm_from_scratch.core.json_files import read_json_object
 from llm_from_scratch.model.config import EncoderDecoderConfig
+from llm_from_scratch.model.encoder import Encoder
+from llm_from_scratch.model.heads import Embedder, Head
 from llm_from_scratch.text.checks import stop_ids
+from llm_from_scratch.text.files import has_tokenizer
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.weights.assemble import Model, complete, empty_model, put, undisturbed
 from llm_from_scratch.weights.families import (
@@ -35,88 +37,40 @@ from llm_from_scratch.weights.families import (
     family_of,
     read_config,
 )  # fmt: skip
+from llm_from_scratch.weights.heads import (
+    BACKBONE,
+    Labels,
+    class_of,
+    fresh_entries,
+    head_fields,
+    make_room,
+    name_in_class,
+    not_needed,
+    start_fresh,
+    stored_entries,
+    tied_names,
+    want,
+    with_copies,
+    with_pooler,
+    without_head,
+)  # fmt: skip
 from llm_from_scratch.weights.layouts import put_together, stored_shape, take_apart
+from llm_from_scratch.weights.sentence_layout import write_layout
+from llm_from_scratch.weights.stored import INDEX, WEIGHTS, StoredTensors, open_tensors
 
 SHARD_BYTES = 5_000_000_000
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 # What a model folder may hold: saving replaces it as a whole, and must not take more with it.
 FOLDER_NAMES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.*", "README.md", "LICENSE*", "vocab.txt", "*.spm", "*.model", "modules.json",
-    "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling",
+    "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling", "2_Normalize",
 )  # fmt: skip
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def is_model_folder(path: Path) -> bool:
     """Whether `path` looks like a Hugging Face model folder, complete or not."""
     return (path / "config.json").is_file()
-
-
-class StoredTensors:
-    """The tensors of a folder's safetensors files: names and shapes now, values on demand."""
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self.files: dict[str, Any] = {}  # tensor name -> open file
-        self.paths: dict[str, Path] = {}
-        for path in _weight_files(folder):
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-            except FileNotFoundError:
-                raise UserError(f"{folder / INDEX} names {path.name}, which is missing.") from None
-            except (SafetensorError, OSError, ValueError) as error:
-                raise UserError(
-                    f"{path} is truncated or not a safetensors file ({error}); copy it anew."
-                ) from error
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                if name in self.files:
-                    raise UserError(f"{path} repeats the tensor '{name}' of another shard.")
-                self.files[name] = file
-                self.paths[name] = path
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.files[name].get_slice(name).get_shape())
-
-    def read(self, name: str) -> Tensor:
-        tensor = self.files[name].get_tensor(name)
-        if not tensor.is_floating_point():
-            raise UserError(
-                f"{self.paths[name]}: '{name}' holds {tensor.dtype} numbers; quantised folders "
-                "cannot be read. Take the original model or a GGUF file."
-            )
-        return tensor
-
-
-@contextmanager
-def open_tensors(folder: Path) -> Iterator[StoredTensors]:
-    """The tensors of a folder while the block runs."""
-    with ExitStack() as stack:
-        yield StoredTensors(folder, stack)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        table = read_json_object(folder / INDEX).get("weight_map")
-        if not isinstance(table, dict) or not table:
-            raise UserError(f"{folder / INDEX} has no 'weight_map'; copy the model anew.")
-        names = sorted({str(name) for name in table.values()})
-        for name in names:
-            # An index must not lead out of its folder.
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise UserError(f"{folder / INDEX} names '{name}', which is not a shard's name.")
-        return [folder / name for name in names]
-    for name in PICKLES:
-        if (folder / name).is_file():
-            raise UserError(
-                f"{folder} has its weights only as {name}, a pickle, which can run any program "
-                "when it is opened; turn it into another folder once, which runs nothing: "
-                f"scratchlm convert {folder} --to hf --out NEW"
-            )
-    raise UserError(f"{folder} has no {WEIGHTS}; the model folder is incomplete, copy it anew.")
 
 
 def _their_names(family: Family, stored: Iterable[str]) -> dict[str, str]:
@@ -125,10 +79,10 @@ def _their_names(family: Family, stored: Iterable[str]) -> dict[str, str]:
     full = {
         name: name.replace(".gamma", ".weight").replace(".beta", ".bias") for name in names
     }  # as the first BERTs called them
+    for prefix in {head.prefix for head in family.heads.values() if head.prefix}:
+        full = {name: new.removeprefix(prefix) for name, new in full.items()}
     bare = family.prefix and not any(name.startswith(family.prefix) for name in names)
-    heads = tuple(
-        rule.theirs for rule in family.tensors if not rule.theirs.startswith(family.prefix)
-    )
+    heads = tuple(name for name in family.head_names() if not name.startswith(family.prefix))
     return {
         family.prefix + new if bare and not new.startswith(heads) else new: old
         for old, new in full.items()
@@ -137,23 +91,29 @@ def _their_names(family: Family, stored: Iterable[str]) -> dict[str, str]:
 
 def _check(
     model: Model, entries: list[Entry], tensors: StoredTensors, names: dict[str, str],
-    copies: Iterable[str], where: Path,
+    others: tuple[str, ...], where: Path,
 ) -> None:  # fmt: skip
-    """Nothing missing, nothing left over, every shape as the config says."""
+    """Nothing missing, nothing left over, every shape as the config says.
+
+    `others` are the beginnings of names that may be there without being asked for.
+    """
     wanted = {entry.theirs for entry in entries}
-    missing = sorted(wanted - names.keys())
+    optional = {entry.theirs for entry in entries if entry.optional}
+    missing = sorted(wanted - optional - names.keys())
     if missing:
         raise UserError(
             f"{where} lacks {len(missing)} tensor(s) that its config.json asks for, such as "
             f"'{missing[0]}'; the folder is incomplete or its config.json belongs to another model."
         )
-    surplus = sorted(names.keys() - wanted - set(copies))
+    surplus = sorted(name for name in names.keys() - wanted if not name.startswith(others))
     if surplus:
         raise UserError(
             f"{where} holds {len(surplus)} tensor(s) that its config.json does not ask for, such "
             f"as '{surplus[0]}'; its config.json belongs to another model."
         )
     for entry in entries:
+        if entry.theirs not in names:
+            continue
         shape = stored_shape(entry, [model.get_parameter(name).shape for name in entry.ours])
         found = tensors.shape(names[entry.theirs])
         if found != shape:
@@ -178,6 +138,10 @@ def _fill(
     """
     heads = _heads(model.config)
     for entry in entries:
+        if entry.theirs not in names:  # optional
+            for name in entry.ours:
+                put(model, name, torch.zeros(model.get_parameter(name).shape, dtype=dtype))
+            continue
         stored = tensors.read(names[entry.theirs])
         dtype = dtype or stored.dtype  # None: as the first tensor, the embedding, is stored
         shapes = [model.get_parameter(name).shape for name in entry.ours]
@@ -197,13 +161,35 @@ def _heads(config: AnyConfig) -> int:
     return stack.n_heads
 
 
-def _copies(family: Family, config: AnyConfig) -> dict[str, str]:
+def _copies(family: Family, model: Model, entries: list[Entry]) -> dict[str, str]:
     """Tensors that may be stored a second time: their name -> the name of the original."""
-    tied = (config.decoder if isinstance(config, EncoderDecoderConfig) else config).tie_embeddings
-    head = [rule.theirs for rule in family.tensors if rule.ours == ("head",)]
-    embedding = [rule.theirs for rule in family.tensors if rule.ours == ("embedding",)]
-    pairs = {f"{name}.weight": f"{embedding[0]}.weight" for name in head if tied}
-    return {**pairs, **family.copies}
+    stored = {entry.ours[0].removeprefix(BACKBONE): entry.theirs for entry in entries}
+    embeddings = ("embedding.weight", "decoder.embedding.weight", "encoder.embedding.weight")
+    tied = next(stored[name] for name in embeddings if name in stored)
+    heads = [rule.theirs for rule in family.tensors if rule.ours[0] in ("head", "decoder.head")]
+    if isinstance(model, Head):
+        heads = []  # of another class, whatever its matrix is
+    pairs = {f"{head}.weight": tied for head in heads} | family.copies | tied_names(family, model)
+    wanted = set(stored.values())
+    return {copy: original for copy, original in pairs.items() if copy not in wanted}
+
+
+def _as_stored(
+    family: Family, config: AnyConfig, tensors: StoredTensors, names: dict[str, str]
+) -> AnyConfig:
+    """T5's class has a head of its own exactly where one is stored that is not the embedding."""
+    if not family.tied_as_stored or not isinstance(config, EncoderDecoderConfig):
+        return config
+    head, embedding = (
+        next(f"{rule.theirs}.weight" for rule in family.tensors if rule.ours == (ours,))
+        for ours in ("decoder.head", "encoder.embedding")
+    )
+    tied = head not in names or (
+        config.decoder.tie_embeddings
+        and embedding in names
+        and torch.equal(tensors.read(names[head]), tensors.read(names[embedding]))
+    )
+    return replace(config, decoder=replace(config.decoder, tie_embeddings=tied))
 
 
 def _check_copies(
@@ -223,33 +209,56 @@ def _check_copies(
 @undisturbed()
 @torch.no_grad()
 def load_folder(
-    path: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    path: Path | str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    head: str | None = None,
+    labels: Labels = None,
 ) -> tuple[Model, Tokenizer | None]:
     """The model (in inference mode) and the tokenizer of a Hugging Face model folder.
 
-    `dtype` None keeps the stored precision. The tokenizer is None where the folder has no
-    `tokenizer.json`. Raises `UserError` naming the file and field for anything that does not fit.
+    `dtype` None keeps the stored precision. `head` None gives the class that `architectures` names;
+    another head (`heads.ASKED`) starts with what the folder has of it, and this is said once. The
+    tokenizer is None where the folder has none. Raises `UserError` naming the file and field for
+    anything that does not fit.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"There is no model folder {folder}.")
     values = read_json_object(folder / "config.json")
     family, config = read_config(values, str(folder / "config.json"))
-    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
-    check_vocabulary(config.vocab_size, tokenizer, folder)
+    wanted = want(family, values, head, labels, folder)
+    tokenizer = Tokenizer.load(folder) if has_tokenizer(folder) else None
+    _check_vocabularies(config, tokenizer, folder)
     if tokenizer is not None:
         # Chat models often list their end-of-turn tokens here and not in the tokenizer's files.
         tokenizer.extra_stop_ids |= stop_ids(values, folder / "config.json")
     with open_tensors(folder) as tensors:
         names = _their_names(family, tensors.files)
-        model = empty_model(config)
-        entries = list(family.entries(config, dict(model.named_parameters())))
-        copies = _copies(family, config)
-        _check(model, entries, tensors, names, copies, folder)
+        if head is None:
+            wanted = without_head(family, wanted, names)
+        config = with_pooler(family, _as_stored(family, config, tensors, names), wanted, names)
+        model = empty_model(config, wanted.head)
+        names = with_copies(family, model, names)
+        entries = stored_entries(family, model)
+        fresh = fresh_entries(family, wanted, entries, names)
+        entries = [entry for entry in entries if entry not in fresh]
+        copies = _copies(family, model, entries)
+        _check(model, entries, tensors, names, (*copies, *not_needed(family, model)), folder)
         _check_copies(copies, tensors, names, folder)
         _fill(model, entries, tensors, names, dtype, device)
+    make_room(model, fresh, device)
     complete(model, device)
+    start_fresh(model, fresh, str(folder))
     return model, tokenizer
+
+
+def _check_vocabularies(config: AnyConfig, tokenizer: Tokenizer | None, where: Path) -> None:
+    """The same for each stack: encoder and decoder may have a vocabulary of their own."""
+    if isinstance(config, EncoderDecoderConfig) and tokenizer is not None:
+        check_vocabulary(config.encoder.vocab_size, tokenizer, where)
+        tokenizer = tokenizer.target
+    check_vocabulary(config.vocab_size, tokenizer, where)
 
 
 def check_vocabulary(vocab_size: int, tokenizer: Tokenizer | None, where: Path | str) -> None:
@@ -275,9 +284,14 @@ def _shards(tensors: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[dict[
 
 def _their_tensors(model: Model, family: Family) -> Iterator[tuple[str, Tensor]]:
     parameters = dict(model.named_parameters())
-    for entry in family.entries(model.config, parameters):
+    head = family.heads.get(model.head_config.kind) if isinstance(model, Head) else None
+    copies = {original: copy for copy, original in head.copies.items()} if head is not None else {}
+    for entry in stored_entries(family, model):
         parts = [parameters[name].detach() for name in entry.ours]
-        yield entry.theirs, put_together(entry, parts, _heads(model.config))
+        stored = put_together(entry, parts, _heads(model.config))
+        yield name_in_class(family, model, entry.theirs), stored
+        if entry.theirs in copies:
+            yield copies[entry.theirs], stored.clone()
 
 
 def _write_weights(model: Model, family: Family, folder: Path, limit: int) -> None:
@@ -320,18 +334,33 @@ def config_json(model: Model, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The content of config.json; ids that the tokenizer lacks are null, not a class's default."""
     family = family_of(model.config)
     return {
-        "architectures": [family.classes["lm"]],
+        "architectures": [class_of(family, model)],
         "model_type": family.name,
+        **_ids(model, tokenizer),
         **config_fields(family, model.config),
-        **_token_ids(tokenizer),
+        **head_fields(family, model),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "use_cache": True,
     }
 
 
-def generation_config_json(tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _ids(model: Model, tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """The special tokens' ids; a head remembers the padding where there is no tokenizer."""
+    ids = _token_ids(tokenizer)
+    if isinstance(model, Head) and ids["pad_token_id"] is None:
+        ids["pad_token_id"] = model.head_config.pad_id
+    return ids
+
+
+def generation_config_json(config: AnyConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The content of generation_config.json: where generation starts and ends."""
     values: dict[str, Any] = {k: v for k, v in _token_ids(tokenizer).items() if v is not None}
+    if isinstance(config, EncoderDecoderConfig):
+        values["decoder_start_token_id"] = config.start_id
+        if config.end_id is not None:
+            values["forced_eos_token_id"] = config.end_id
+        if not config.writes_start:
+            values["bad_words_ids"] = [[config.start_id]]
     stops = sorted(tokenizer.stop_ids) if tokenizer is not None else []
     if stops:
         values["eos_token_id"] = stops[0] if len(stops) == 1 else stops
@@ -346,7 +375,7 @@ def save_folder(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+    """Write a folder that the class of the `transformers` library which it names loads.
 
     It appears under `path` whole or not at all, and replaces an earlier model folder there; any
     other folder with something in it is left alone (`UserError`). `generation_config` adds to
@@ -355,12 +384,17 @@ def save_folder(
     folder = Path(path)
     refuse_foreign_folder(folder)
     family = family_of(model.config)
-    check_vocabulary(model.config.vocab_size, tokenizer, folder)
+    _check_vocabularies(model.config, tokenizer, folder)
     with folder_aside(folder) as aside:
-        _write_weights(model, family, aside, shard_bytes)
         _write_json(aside / "config.json", config_json(model, tokenizer))
-        generation = {**generation_config_json(tokenizer), **(generation_config or {})}
-        _write_json(aside / "generation_config.json", generation)
+        _write_weights(model, family, aside, shard_bytes)
+        if not isinstance(model, Encoder | Head):
+            generation = generation_config_json(model.config, tokenizer)
+            _write_json(
+                aside / "generation_config.json", {**generation, **(generation_config or {})}
+            )
+        if isinstance(model, Embedder):
+            write_layout(model.head_config, model.stack.d_model, model.config.max_seq_len, aside)
         if tokenizer is not None:
             tokenizer.save(aside)
 

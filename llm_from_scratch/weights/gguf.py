@@ -24,6 +24,7 @@ from llm_from_scratch.quant.formats import FORMATS, Format, dequantise
 MOST_ENTRIES = 1 << 16  # metadata keys, and tensors
 LONGEST_NAME = 1 << 16
 LONGEST_TEXT = 1 << 24
+MOST_ELEMENTS = 1 << 24  # of an array: the largest vocabularies have a quarter of a million tokens
 
 # Value types of the metadata: number -> struct code. 8 is text, 9 an array, 7 a boolean byte.
 SCALARS = {
@@ -90,7 +91,8 @@ class Cursor:
     def array(self) -> list[Any]:
         kind = self.number("<I")
         width = 8 if kind == TEXT else struct.calcsize(SCALARS.get(kind, "<B"))
-        count = self.count("array elements", (len(self.view) - self.at) // width)
+        most = min((len(self.view) - self.at) // width, MOST_ELEMENTS)
+        count = self.count("array elements", most)
         if kind == TEXT:
             return [self.text() for _ in range(count)]
         if kind not in SCALARS:

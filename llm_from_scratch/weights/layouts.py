@@ -15,6 +15,8 @@ def stored_shape(entry: Entry, shapes: Sequence[torch.Size]) -> tuple[int, ...]:
     first = tuple(shapes[0])
     if entry.index is not None:
         return first[1:]
+    if entry.layout == "row":
+        return (1, *first)
     shape = (sum(shape[0] for shape in shapes), *first[1:])
     return shape[::-1] if entry.layout == "transposed" else shape
 
@@ -25,6 +27,8 @@ def take_apart(
     """Our parameters, as views of the stored tensor."""
     if entry.layout == "transposed":
         stored = stored.t()
+    if entry.layout == "row":
+        stored = stored[0]
     if entry.layout == "by_head":
         # (h, parts, d, ...): the parts of the first head, those of the second, ...
         split = stored.unflatten(0, (heads, len(shapes), -1))
@@ -41,4 +45,6 @@ def put_together(entry: Entry, parts: Sequence[Tensor], heads: int) -> Tensor:
         split = [part.unflatten(0, (heads, -1)) for part in parts]
         return torch.stack(split, dim=1).flatten(0, 2).contiguous()
     stored = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+    if entry.layout == "row":
+        stored = stored[None]
     return (stored.t() if entry.layout == "transposed" else stored).contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,14 +11,17 @@ import torch
 from llm_from_scratch.core.config import from_dict, read_yaml
 from llm_from_scratch.core.device import pick_device
 from llm_from_scratch.core.errors import UserError, nearest
+from llm_from_scratch.model.heads import Head
 from llm_from_scratch.model.presets import ModelSettings, resolve
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.weights.assemble import Model, complete, empty_model, put
 from llm_from_scratch.weights.catalogue import CATALOGUE, Report, local_path, pull, to_stderr
 from llm_from_scratch.weights.config_json import check_sizes
-from llm_from_scratch.weights.folder import is_model_folder, load_folder, open_tensors
-from llm_from_scratch.weights.gguf_llama import load_gguf
+from llm_from_scratch.weights.folder import is_model_folder, load_folder
+from llm_from_scratch.weights.gguf_load import load_gguf
+from llm_from_scratch.weights.heads import Labels, add_head
 from llm_from_scratch.weights.pickles import SUFFIXES
+from llm_from_scratch.weights.stored import open_tensors
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 STEP = re.compile(r"step-[0-9]+")
@@ -64,6 +68,25 @@ def locate(model: str | Path, report: Report = to_stderr) -> Path:
     )
 
 
+def locate_description(model: str | Path, report: Report = to_stderr) -> Path:
+    """The config.json, .gguf file or run's config.yaml that says what MODEL is.
+
+    Of a hub name nothing else is fetched. A run is described before it has a model or checkpoint.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        run = path.parent.parent if _is_checkpoint(path) else path
+        for name in ("config.json", "model/config.json", "config.yaml"):
+            if (run / name).is_file():
+                return run / name
+    if path.is_file() and (path.name == "config.json" or path.suffix in (".yaml", ".yml")):
+        return path
+    if HUB_NAME.fullmatch(str(model)) and not path.exists() and not path.parent.is_dir():
+        return _from_hub(str(model), ["config.json"]) / "config.json"
+    found = locate(model, report)
+    return found if found.is_file() else found / "config.json"
+
+
 def _inside(folder: Path) -> Path:
     if is_model_folder(folder):
         return folder
@@ -105,7 +128,7 @@ def _known_file(path: Path) -> Path:
     raise UserError(f"{path} is not a model; name a model folder or a .gguf file.")
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, files: Sequence[str] = HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -117,7 +140,7 @@ def _from_hub(name: str) -> Path:
 
     no_folder = f"There is no folder '{name}' here"
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_NOT))
+        return Path(snapshot_download(name, allow_patterns=[*files], ignore_patterns=HUB_NOT))
     except GatedRepoError as error:
         raise UserError(
             f"The hub gives '{name}' only to those who accepted its terms; accept them on its page "
@@ -183,8 +206,20 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return dtype
 
 
+def _under_head(model: Model, head: str | None, labels: Labels) -> Model:
+    """A model from a file that knows no heads, under the one that is asked for."""
+    if head in (None, "none") or isinstance(model, Head):
+        return model
+    return add_head(model, str(head), labels)
+
+
 def load(
-    model: str | Path, *, dtype: torch.dtype | str | None = None, device: str = "auto"
+    model: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str = "auto",
+    head: str | None = None,
+    labels: Labels = None,
 ) -> tuple[Model, Tokenizer]:
     """The model, in inference mode, and tokenizer that MODEL names.
 
@@ -197,6 +232,10 @@ def load(
             often hesitate between two tokens) and brings little. "stored" keeps half precision
             everywhere, for those who do not want to compute.
         device: "auto" (cuda, mps, cpu), "cpu", "cuda", "cuda:1", "mps".
+        head: what is to stand on top: "classification", "regression", "token_classification",
+            "multiple_choice", "masked_lm", "embedding" or "none". None gives what was saved. A head
+            that is not there starts with random weights, which is said on stderr.
+        labels: the labels' names or their number, for the first three of these.
 
     Raises `UserError`, naming the file and the remedy, for anything that cannot be loaded.
     """
@@ -206,11 +245,14 @@ def load(
     if path.is_file():
         quick = where.type == "cuda" and computes_bf16(where)
         fallback = torch.bfloat16 if quick else torch.float32
-        return load_gguf(path, wanted or fallback, where)
+        decoded, inside = load_gguf(path, wanted or fallback, where, head)
+        if inside is None:
+            raise UserError(f"{path} holds no tokenizer; convert the model together with its own.")
+        return _under_head(decoded, head, labels), inside
     if not is_model_folder(path):
         decoder, own = _load_checkpoint(path, where)
-        return (decoder if wanted is None else decoder.to(wanted)), own
-    decoder, tokenizer = load_folder(path, wanted, where)
+        return _under_head(decoder if wanted is None else decoder.to(wanted), head, labels), own
+    decoder, tokenizer = load_folder(path, wanted, where, head, labels)
     if tokenizer is None:
         raise UserError(f"{path} has no tokenizer.json; copy it from where the model came from.")
     stored = next(decoder.parameters()).dtype

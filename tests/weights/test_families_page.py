@@ -14,7 +14,7 @@ TABLES = ROOT / "llm_from_scratch" / "weights" / "families"
 ROW = re.compile(
     r"\| \[`([\w-]+)`\]\(\.\./\.\./llm_from_scratch/weights/families/(\w+\.py)\) \| (\d+) \|"
 )
-SHARED = {"__init__.py", "table.py", "settings.py", "rotary.py"}
+SHARED = {"__init__.py", "table.py", "settings.py", "rotary.py", "pairs.py"}
 
 
 def lines_of(name: str) -> int:

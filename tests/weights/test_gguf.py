@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_from_scratch.core.errors import UserError
-from llm_from_scratch.model.layers import rope_frequencies
+from llm_from_scratch.model.positions import rope_frequencies
 from llm_from_scratch.weights.folder import load_folder
 from llm_from_scratch.weights.gguf import GGUF
-from llm_from_scratch.weights.gguf_llama import load_gguf
+from llm_from_scratch.weights.gguf_load import load_gguf
 
 Case = Callable[..., Any]
 KINDS = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q4_K, Kind.Q6_K]
@@ -136,7 +136,7 @@ def _set(writer: GGUFWriter, key: str, value: Any) -> None:
     ("key", "value", "words"),
     [
         ("general.architecture", "mamba", "general.architecture"),
-        ("tokenizer.ggml.model", "llama", "byte-level BPE"),
+        ("tokenizer.ggml.model", "lama", "Did you mean 'llama'"),
         ("tokenizer.ggml.pre", "smolm", "Did you mean 'smollm'"),
         ("tokenizer.ggml.tokens", None, "lacks 'tokenizer.ggml.tokens'"),
         ("tokenizer.ggml.eos_token_id", 5000, "eos_token_id' is 5000"),
@@ -148,7 +148,7 @@ def _set(writer: GGUFWriter, key: str, value: Any) -> None:
         ("llama.attention.head_count_kv", 3, "multiple of"),
         ("llama.feed_forward_length", 500, "has the shape"),
         ("llama.rope.dimension_count", 32, "rope.dimension_count"),
-        ("llama.context_length", 1 << 24, "llama.context_length' is 16777216; .* to 1,048,576"),
+        ("llama.context_length", 1 << 25, "llama.context_length' is 33554432; .* to 16,777,216"),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -162,7 +162,11 @@ def test_what_does_not_fit_is_named(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("llama.rope.scaling.type", "yarn"), ("llama.expert_count", 8), ("llama.logit_scale", 2.0)],
+    [
+        ("llama.rope.scaling.type", "longrope"),
+        ("llama.expert_count", 8),
+        ("llama.logit_scale", 2.0),
+    ],
 )
 def test_a_setting_that_changes_the_arithmetic_is_refused(
     key: str, value: Any, gguf_case: Case, tmp_path: Path
@@ -238,8 +242,8 @@ def test_flipped_bytes_in_the_header_never_crash(
         ),
         (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2) + b"\xff\xfe", "not UTF-8"),
         (
-            b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1) + b"t" + struct.pack("<IQIQ", 1, 32, 7, 0),
-            "type number 7",
+            b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1) + b"t" + struct.pack("<IQIQ", 1, 32, 9, 0),
+            "type number 9",
         ),
         (
             b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1) + b"t" + struct.pack("<IQIQ", 1, 33, 8, 0),

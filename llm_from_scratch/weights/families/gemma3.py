@@ -6,13 +6,13 @@ from llm_from_scratch.weights.families.gemma2 import COMMON, GEMMA2, GEMMA_SETTI
 from llm_from_scratch.weights.families.qwen3 import QK_NORM
 from llm_from_scratch.weights.families.rotary import LayeredRope, Rope
 from llm_from_scratch.weights.families.settings import Windows, with_defaults
-from llm_from_scratch.weights.families.table import rules
+from llm_from_scratch.weights.families.table import named, rules
 
 GEMMA3 = replace(
     GEMMA2,
     name="gemma3_text",
     title="Gemma 3 (text)",
-    classes={"lm": "Gemma3ForCausalLM"},
+    classes=named("Gemma3Text", "base", "classification", lm="Gemma3ForCausalLM"),
     constants={**GEMMA2.constants, "qk_norm": "head"},
     settings=(
         *with_defaults(

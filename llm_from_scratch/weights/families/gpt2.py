@@ -9,7 +9,7 @@ from llm_from_scratch.weights.families.settings import (
     number,
     size,
 )  # fmt: skip
-from llm_from_scratch.weights.families.table import Family, rules
+from llm_from_scratch.weights.families.table import DECODER, OLDER_HEADS, Family, named, rules
 
 LAYER_NORM_AND_BIASES = {
     "norm": "layer", "gated": False,
@@ -26,7 +26,7 @@ GPT2 = Family(
     title="GPT-2",
     kind="decoder",
     prefix="transformer.",
-    classes={"lm": "GPT2LMHeadModel"},
+    classes=named("GPT2", *DECODER, lm="GPT2LMHeadModel"),
     constants={**LAYER_NORM_AND_BIASES, "position": "learned"},
     settings=(
         size("vocab_size", "vocab_size", 50257),
@@ -54,5 +54,6 @@ GPT2 = Family(
         **{f"summary_{name}": "belongs to the double-heads model" for name in
            ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")},
     },
+    heads=OLDER_HEADS,
     surplus=(".attn.bias", ".attn.masked_bias"),
 )  # fmt: skip

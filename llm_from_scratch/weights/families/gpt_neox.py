@@ -12,7 +12,7 @@ from llm_from_scratch.weights.families.settings import (
     number,
     size,
 )  # fmt: skip
-from llm_from_scratch.weights.families.table import Family, rules
+from llm_from_scratch.weights.families.table import DECODER, OLDER_HEADS, Family, named, rules
 
 BIASES = "attention_bias output_bias"
 BLOCK = {
@@ -28,7 +28,7 @@ GPT_NEOX = Family(
     title="GPT-NeoX, Pythia",
     kind="decoder",
     prefix="gpt_neox.",
-    classes={"lm": "GPTNeoXForCausalLM"},
+    classes=named("GPTNeoX", *DECODER),
     constants={k: v for k, v in LAYER_NORM_AND_BIASES.items() if k not in BIASES.split()},
     settings=(
         size("vocab_size", "vocab_size", 50432),
@@ -55,6 +55,6 @@ GPT_NEOX = Family(
             "query_key_value": "attention.q attention.k attention.v",
         }, layout="by_head"),
     ),
-    unused={"classifier_dropout": "acts in training only"},
+    heads=OLDER_HEADS,
     surplus=("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
 )  # fmt: skip

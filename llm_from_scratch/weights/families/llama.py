@@ -9,7 +9,7 @@ from llm_from_scratch.weights.families.settings import (
     number,
     size,
 )  # fmt: skip
-from llm_from_scratch.weights.families.table import Family, rules
+from llm_from_scratch.weights.families.table import DECODER, Family, named, rules
 
 SETTINGS = (
     size("vocab_size", "vocab_size", 32000),
@@ -47,7 +47,7 @@ LLAMA = Family(
     title="Llama 2, Llama 3, SmolLM2",
     kind="decoder",
     prefix="model.",
-    classes={"lm": "LlamaForCausalLM"},
+    classes=named("Llama", *DECODER),
     settings=(
         *SETTINGS,
         flag("attention_bias", "attention_bias output_bias", False),

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 from llm_from_scratch.weights.families.llama import LLAMA, SETTINGS
 from llm_from_scratch.weights.families.settings import Heads, Windows, with_defaults
+from llm_from_scratch.weights.families.table import DECODER, named
 
 MISTRAL = replace(
     LLAMA,
     name="mistral",
     title="Mistral",
-    classes={"lm": "MistralForCausalLM"},
+    classes=named("Mistral", *DECODER),
     settings=(
         *with_defaults(
             SETTINGS, Heads(kv_default=8), intermediate_size=14336, max_position_embeddings=131072

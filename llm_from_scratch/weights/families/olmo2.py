@@ -5,7 +5,7 @@ from dataclasses import replace
 from llm_from_scratch.weights.families.llama import BLOCK, LLAMA, SETTINGS
 from llm_from_scratch.weights.families.qwen3 import QK_NORM
 from llm_from_scratch.weights.families.settings import Heads, flag, with_defaults
-from llm_from_scratch.weights.families.table import rules
+from llm_from_scratch.weights.families.table import named, rules
 
 NORMS = {
     "post_attention_layernorm": "attention_norm",
@@ -17,7 +17,7 @@ OLMO2 = replace(
     LLAMA,
     name="olmo2",
     title="OLMo 2",
-    classes={"lm": "Olmo2ForCausalLM"},
+    classes=named("Olmo2", "lm", "base", "classification"),
     constants={"residual": "branch_end", "qk_norm": "all"},
     settings=(
         *with_defaults(SETTINGS, Heads(dim=None), vocab_size=50304, rms_norm_eps=1e-5),

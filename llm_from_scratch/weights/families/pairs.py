@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.model.config import EncoderDecoderConfig, ModelConfig
 from llm_from_scratch.weights.config_json import ACTIVATIONS, Fields
 from llm_from_scratch.weights.families.settings import Group
@@ -22,11 +23,11 @@ def read_pair(family: Family, fields: Fields) -> EncoderDecoderConfig:
     for group in family.settings:
         for part in [group.part] if group.part else ["encoder", "decoder"]:
             known[part] |= group.read(fields, known[part])
-    return EncoderDecoderConfig(
-        encoder=ModelConfig(**known["encoder"]),
-        decoder=ModelConfig(**known["decoder"]),
-        **known["pair"],
-    )
+    try:
+        encoder, decoder = (ModelConfig(**known[part]) for part in ("encoder", "decoder"))
+        return EncoderDecoderConfig(encoder, decoder, **known["pair"])
+    except UserError as error:  # values that are sound alone, but not together
+        raise UserError(f"{fields.where}: {error}") from error
 
 
 def write_pair(family: Family, config: EncoderDecoderConfig) -> dict[str, Any]:
@@ -64,9 +65,8 @@ class GatedActivation(Group):
         name = fields.values.get("feed_forward_proj")
         gate, _, last = name.rpartition("-") if isinstance(name, str) else ("?", "", "")
         if gate not in ("", "gated") or last not in ACTIVATIONS:
-            raise fields.refuse(
-                "feed_forward_proj", f"one of {', '.join(ACTIVATIONS)}, with 'gated-' before it or not"
-            )
+            known_names = ", ".join(ACTIVATIONS)
+            raise fields.refuse("feed_forward_proj", f"one of {known_names}, or 'gated-' and one")
         if name == "gated-gelu":
             last = "gelu_new"
         for field, value in (("dense_act_fn", last), ("is_gated_act", gate == "gated")):

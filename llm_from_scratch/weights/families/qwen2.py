@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from llm_from_scratch.weights.families.llama import LLAMA, SETTINGS
 from llm_from_scratch.weights.families.settings import Heads, Windows, with_defaults
+from llm_from_scratch.weights.families.table import DECODER, named
 
 QWEN2_SETTINGS = with_defaults(
     SETTINGS,
@@ -17,7 +18,7 @@ QWEN2 = replace(
     LLAMA,
     name="qwen2",
     title="Qwen2, Qwen2.5",
-    classes={"lm": "Qwen2ForCausalLM"},
+    classes=named("Qwen2", *DECODER),
     constants={"attention_bias": True},
     settings=(
         *QWEN2_SETTINGS,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from llm_from_scratch.weights.families.llama import LLAMA, SETTINGS
 from llm_from_scratch.weights.families.settings import Heads, Windows, flag, with_defaults
-from llm_from_scratch.weights.families.table import rules
+from llm_from_scratch.weights.families.table import DECODER, named, rules
 
 QK_NORM = {"self_attn.q_norm": "attention.q_norm", "self_attn.k_norm": "attention.k_norm"}
 
@@ -12,7 +12,7 @@ QWEN3 = replace(
     LLAMA,
     name="qwen3",
     title="Qwen3 (dense)",
-    classes={"lm": "Qwen3ForCausalLM"},
+    classes=named("Qwen3", *DECODER),
     constants={"qk_norm": "head"},
     settings=(
         *with_defaults(

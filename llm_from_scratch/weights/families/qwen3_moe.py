@@ -11,7 +11,7 @@ from llm_from_scratch.weights.families.settings import (
     flag,
     with_defaults,
 )  # fmt: skip
-from llm_from_scratch.weights.families.table import rules
+from llm_from_scratch.weights.families.table import DECODER, named, rules
 
 EXPERTS = {
     "mlp.experts.{e}.gate_proj.weight": "feed_forward.gate",
@@ -23,7 +23,7 @@ QWEN3_MOE = replace(
     QWEN3,
     name="qwen3_moe",
     title="Qwen3 (mixture of experts)",
-    classes={"lm": "Qwen3MoeForCausalLM"},
+    classes=named("Qwen3Moe", *DECODER),
     settings=(
         *with_defaults(
             SETTINGS,

@@ -112,12 +112,16 @@ class Rope(Group):
 
 @dataclass
 class LayeredRope(Group):
-    """Two sets of rotary settings: for full attention, and for layers with a window."""
+    """Two sets of rotary settings: for full attention, and for layers with a window.
+
+    `old_scaling`: whether the class takes the older field `rope_scaling` for full attention alone.
+    """
 
     theta: float
     local_theta: float
     old_theta: str
     old_local: str
+    old_scaling: bool = True
 
     def __post_init__(self) -> None:
         self.fields = {"rope_parameters": None}
@@ -152,5 +156,5 @@ class LayeredRope(Group):
             },
             self.old_theta: config.rope_theta,
             self.old_local: local,
-            "rope_scaling": None if config.rope_scaling is None else scaling,
+            "rope_scaling": scaling if config.rope_scaling and self.old_scaling else None,
         }

@@ -223,6 +223,36 @@ class Heads(Group):
 
 
 @dataclass
+class PositionsBehindPadding(Group):
+    """A table of learned positions of which those up to the padding's id are never used.
+
+    RoBERTa gives padding the position that is its id and counts the text's from the next one on.
+    With `pad` that id is the class's own and no field.
+    """
+
+    pad: int | None = None
+
+    def __post_init__(self) -> None:
+        self.fields = {"max_position_embeddings": 512}
+        if self.pad is None:
+            self.fields["pad_token_id"] = 1
+
+    def read(self, fields: Fields, known: dict[str, Any]) -> dict[str, Any]:
+        offset = (fields.token_id("pad_token_id") if self.pad is None else self.pad) + 1
+        rows = fields.integer("max_position_embeddings")
+        if rows <= offset:
+            must = f"above {offset}, where the positions of the text begin"
+            raise fields.refuse("max_position_embeddings", must)
+        return {"max_seq_len": rows - offset, "position_offset": offset}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        values = {"max_position_embeddings": config.max_seq_len + config.position_offset}
+        if self.pad is None:
+            values["pad_token_id"] = config.position_offset - 1
+        return values
+
+
+@dataclass
 class Windows(Group):
     """Which layers see a window only, and how wide it is.
 

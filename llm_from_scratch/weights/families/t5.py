@@ -1,8 +1,8 @@
-"""T5 and Flan-T5 (arXiv:1910.10683, 2210.11416): learned biases per distance, nothing scaled."""
+"""T5 and Flan-T5 (arXiv:1910.10683, 2210.11416): a learned bias per distance, unscaled scores."""
 
 from llm_from_scratch.weights.families.pairs import GatedActivation, T5Head
 from llm_from_scratch.weights.families.settings import Heads, Setting, dropout, number, of, size
-from llm_from_scratch.weights.families.table import Family, rules
+from llm_from_scratch.weights.families.table import PAIR, Family, Rule, named, pair_heads, rules
 
 SETTINGS = (
     size("vocab_size", "vocab_size", 32128),
@@ -18,25 +18,40 @@ SETTINGS = (
     dropout("dropout_rate", 0.1),
     *of("pair", Setting("decoder_start_token_id", "start_id", 0, "token_id")),
 )  # fmt: skip
-ATTENTION = ("layer.0.layer_norm", "layer.0.SelfAttention.", "attention")
-CROSS = ("layer.1.layer_norm", "layer.1.EncDecAttention.", "cross")
-BLOCKS = {
-    side: {
-        f"{side}.block.{{}}.{theirs}": f"{side}.blocks.{{}}.{ours}"
-        for norm, layer, name in parts
-        for theirs, ours in [(norm, f"{name}_norm"), *((layer + x, f"{name}.{x}") for x in "qkvo")]
-    }
-    for side, parts in (("encoder", [ATTENTION]), ("decoder", [ATTENTION, CROSS]))
-}
+
+
+def stack(side: str, last: int) -> tuple[Rule, ...]:
+    """A stack's tensors; `last` is the number of the feed-forward in its blocks."""
+    here = (f"{side}.block.{{}}.layer.", f"{side}.blocks.{{}}.")
+    bias = "block.0.layer.0.SelfAttention.relative_attention_bias"
+    dense = f"{last}.DenseReluDense.w"
+    return (
+        *rules(f"{side}.", f"{side}.", {"final_layer_norm": "final_norm", bias: "relative_bias"}),
+        *rules(*here, {"0.layer_norm": "attention_norm", "1.layer_norm": "cross_norm"}),
+        *rules(*here, {f"0.SelfAttention.{x}": f"attention.{x}" for x in "qkvo"}),
+        *rules(*here, {f"1.EncDecAttention.{x}": f"cross.{x}" for x in "qkvo"}),
+        *rules(*here, {f"{last}.layer_norm": "feed_forward_norm"}),
+        *rules(*here, {f"{dense}o": "feed_forward.down", f"{dense}i_0": "feed_forward.gate"}),
+        *rules(*here, {f"{dense}i_1": "feed_forward.up"}, beside="feed_forward.gate"),
+        *rules(*here, {f"{dense}i": "feed_forward.up"}),
+    )  # fmt: skip
+
 
 T5 = Family(
     name="t5",
     title="T5, Flan-T5",
     kind="encoder-decoder",
     prefix="",
-    classes={"lm": "T5ForConditionalGeneration"},
-    # Distances have no end; this length is where the table of their biases gets large (17 GB).
+    classes=named("T5", *PAIR, lm="T5ForConditionalGeneration", encoder="T5EncoderModel"),
+    # Distances have no end, but at this length the table of their biases takes gigabytes.
     constants={"position": "none", "attention_width": 1.0, "max_seq_len": 16384},
     settings=(*SETTINGS, GatedActivation("relu"), T5Head()),
-    tensors=(),
-)
+    tensors=(*rules("", "", {"shared": "encoder.embedding", "lm_head": "decoder.head"}),
+             *stack("encoder", 1), *stack("decoder", 2)),
+    unused={"n_positions": "the length in training; there is no limit",
+            "initializer_factor": "how fresh weights are drawn"},
+    copies={f"{side}.embed_tokens.weight": "shared.weight" for side in ("encoder", "decoder")},
+    tied_as_stored=True,
+    heads=pair_heads("transformer."),
+    surplus=(".EncDecAttention.relative_attention_bias.weight",),
+)  # fmt: skip

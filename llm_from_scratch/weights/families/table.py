@@ -13,16 +13,21 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm_from_scratch.weights.families.settings import Group
+from llm_from_scratch.model.heads import HeadStyle
+from llm_from_scratch.weights.families.settings import Group, dropout
 
 # Fields of every config class that do not change what a model computes.
 UNUSED_EVERYWHERE = {
     "_attn_implementation": "which kernel computes attention, not what it computes",
     "_name_or_path": "where the folder came from",
+    "_num_labels": "belongs to classification heads, which read it themselves",
     "architectures": "chooses the head",
     "attn_implementation": "which kernel computes attention, not what it computes",
     "bos_token_id": "belongs to the tokenizer",
+    "cls_token_id": "belongs to the tokenizer",
     "chunk_size_feed_forward": "trades memory for time, not values",
+    "classif_dropout": "acts in the training of classification heads only",
+    "classifier_dropout": "acts in the training of classification heads only",
     "dtype": "the tensors say their type themselves",
     "eos_token_id": "belongs to the tokenizer and generation_config.json",
     "finetuning_task": "what the head was trained on",
@@ -147,12 +152,79 @@ def rules(
 
 
 @dataclass(frozen=True)
+class HeadTable:
+    """One kind of head in a family's own style: its parts, and where their tensors are stored.
+
+    `settings` are the fields of config.json that change the style. `prefix` is what the names of
+    the backbone's tensors begin with under this head and under no other.
+    """
+
+    style: HeadStyle
+    tensors: tuple[Rule, ...]
+    settings: tuple[Group, ...] = ()
+    copies: dict[str, str] = field(default_factory=dict)  # stored again: their name -> original's
+    prefix: str = ""
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The class's own values for the fields that a config.json leaves out."""
+        return {name: value for group in self.settings for name, value in group.fields.items()}
+
+
+# One matrix, on the last token or on each; and as the classes of older decoders call it.
+DECODER_HEADS = {
+    "classification": HeadTable(
+        HeadStyle(pooling="last", bias=False, dropout=0.0), rules("", "", {"score": "out"})
+    ),
+    "token_classification": HeadTable(HeadStyle(dropout=0.1), rules("", "", {"score": "out"})),
+}
+OLDER_HEADS = {
+    **DECODER_HEADS,
+    "token_classification": HeadTable(
+        HeadStyle(), rules("", "", {"classifier": "out"}), (dropout("classifier_dropout", 0.1),)
+    ),
+}
+
+
+def pair_heads(prefix: str = "") -> dict[str, HeadTable]:
+    """The heads of encoder-decoders: on the decoder's last state, on each of the encoder's."""
+    inner = rules("classification_head.", "", {"dense": "dense", "out_proj": "out"})
+    style = HeadStyle(pooling="last", dense=True, activation="tanh", dropout_first=True)
+    kinds = {
+        "classification": (style, inner),
+        "token_classification": (HeadStyle(), rules("", "", {"classifier": "out"})),
+    }
+    settings = (dropout("classifier_dropout"),)
+    return {kind: HeadTable(*what, settings, prefix=prefix) for kind, what in kinds.items()}
+
+
+# How classes are called that have a head of this kind, behind the family's name.
+SUFFIXES = {
+    "lm": "ForCausalLM",
+    "base": "Model",
+    "classification": "ForSequenceClassification",
+    "token_classification": "ForTokenClassification",
+    "multiple_choice": "ForMultipleChoice",
+    "masked_lm": "ForMaskedLM",
+}
+DECODER = ("lm", "base", "classification", "token_classification")
+PAIR = ("base", "classification", "token_classification")
+ENCODER = ("base", "classification", "token_classification", "multiple_choice", "masked_lm")
+
+
+def named(family: str, *kinds: str, **others: str) -> dict[str, str]:
+    """The classes of a family by the kind of their head; `others` do not follow the custom."""
+    return {**{kind: family + SUFFIXES[kind] for kind in kinds}, **others}
+
+
+@dataclass(frozen=True)
 class Family:
     """What one family of model classes calls things.
 
     `constants` are the fields of `ModelConfig` that all its models share, `pair` those of
-    `EncoderDecoderConfig`. `classes` maps the kind of a head ("lm" is the plain model) to the class
-    that has it. Where several of the `tensors`' rules hold for a parameter, the first counts.
+    `EncoderDecoderConfig`. `classes` maps the kind of a head ("lm" is the plain decoder, "base" the
+    model without any) to the class that has it. Where several of the `tensors`' rules hold for a
+    parameter, the first counts.
     """
 
     name: str  # model_type
@@ -168,26 +240,44 @@ class Family:
     unused: dict[str, str] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)  # stored again: their name -> original's
     surplus: tuple[str, ...] = ()  # endings of stored tensors that are not weights
+    tied_as_stored: bool = False  # whether the weights and not config.json say if the head is tied
+    heads: dict[str, HeadTable] = field(default_factory=lambda: DECODER_HEADS)  # by their kind
+    other_heads: tuple[str, ...] = ()  # beginnings of the tensors of heads that we do not have
 
     @property
     def defaults(self) -> dict[str, Any]:
         """The class's own values for the fields that a config.json leaves out."""
         return {name: value for group in self.settings for name, value in group.fields.items()}
 
-    def must(self) -> dict[str, Any]:
+    def must(self, architectures: Any = None) -> dict[str, Any]:
         """Field -> the one value of it that we can express."""
         encoder_decoder = {"is_encoder_decoder": self.kind == "encoder-decoder"}
+        # Classes that have no more than the encoder of such a model say that it is none.
+        halves = [[self.classes.get(kind)] for kind in ("encoder", "token_classification")]
+        if self.kind == "encoder-decoder" and architectures in halves:
+            encoder_decoder = {}
         decoder = {"is_decoder": False} if self.kind != "decoder" else {}
         return {**REQUIRED_EVERYWHERE, **encoder_decoder, **decoder, **self.required}
 
     def known(self) -> set[str]:
         """Every field of config.json that this table says something about."""
         listed = (*UNUSED_EVERYWHERE, *GENERATION, *self.must(), *self.unused, *self.defaults)
+        heads = [group for head in self.heads.values() for group in head.settings]
         return {
             "is_decoder",
             *listed,
-            *(name for group in self.settings for name in group.old_names),
+            *(name for group in heads for name in group.fields),
+            *(name for group in (*self.settings, *heads) for name in group.old_names),
         }
+
+    def head_names(self) -> tuple[str, ...]:
+        """What the names of the tensors of any head begin with; a model may do without them."""
+        ours = ("head", "decoder.head", "logits_bias", "pooler")
+        own = [rule for rule in self.tensors if rule.ours[0] in ours]
+        heads = [rule for head in self.heads.values() for rule in head.tensors]
+        modules = (rule.theirs + ("" if rule.exact else ".") for rule in (*own, *heads))
+        copies = (name for head in self.heads.values() for name in head.copies)
+        return (*modules, *copies, *self.other_heads)
 
     def entries(self, config: Any, parameters: Mapping[str, Any]) -> Iterator[Entry]:
         """Every stored tensor of a model with these parameters."""

@@ -1,0 +1,272 @@
+"""Growing and cutting a model: more tokens, longer texts, tied or untied matrices, fewer layers.
+
+Every function returns a new model and leaves the old one as it was; each says what the new one has
+kept exactly and what must be learnt. `modernise.py` builds on `rebuild` and turns a GPT-2, one step
+at a time, into a Llama. Which class can hold the result, `weights.families.family_of` says.
+
+Axes: v vocabulary, p positions, m features of the model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm_from_scratch.core.errors import UserError, nearest
+from llm_from_scratch.model.config import ModelConfig, RopeScaling
+from llm_from_scratch.model.decoder import Decoder, Stack
+from llm_from_scratch.model.encoder import Encoder
+from llm_from_scratch.model.encoder_decoder import EncoderDecoder
+from llm_from_scratch.model.unfilled import unfilled
+from llm_from_scratch.text.tokenizer import Tokenizer
+
+S = TypeVar("S", Decoder, Encoder)
+M = TypeVar("M", Decoder, Encoder, EncoderDecoder)
+
+# How a context is stretched, by the kind of the positions; the first is the default.
+STRETCHES = {
+    "rope": ("yarn", "linear", "llama3", "theta"),
+    "learned": ("stretch", "repeat"),
+}
+
+
+@torch.no_grad()
+def rebuild(model: M, config: Any, values: Mapping[str, Tensor] | None = None) -> M:
+    """A model of `config` with copies of the parameters of `model`, or of `values` by their names.
+
+    Both must have the shapes that `config` asks for; parameters that it does not ask for are left
+    behind. Precision, device and mode are those of the model.
+    """
+    values = {**dict(model.named_parameters(remove_duplicate=False)), **(values or {})}
+    like = next(model.parameters())
+    with unfilled():
+        new = type(model)(config)
+    for name, parameter in list(new.named_parameters()):
+        value = values[name]
+        assert value.shape == parameter.shape, f"{name} is {value.shape}, not {parameter.shape}"
+        owner, _, last = name.rpartition(".")
+        fresh = nn.Parameter(value.detach().to(like.device, like.dtype, copy=True))
+        setattr(new.get_submodule(owner), last, fresh)
+    for part in new.modules():
+        if isinstance(part, Decoder) and part.config.tie_embeddings:
+            part.head.weight = part.embedding.weight
+        if isinstance(part, Stack):
+            part.make_frequencies()
+    if isinstance(new, EncoderDecoder):
+        new.tie()
+    new.to(like.device).train(model.training)
+    new.compute_dtype = model.compute_dtype
+    return new
+
+
+def on_side(
+    model: EncoderDecoder, side: str, change: Callable[[Any], Decoder | Encoder]
+) -> EncoderDecoder:
+    """An encoder-decoder of whose two stacks the `side` ("encoder" or "decoder") is changed.
+
+    `on_side(model, "decoder", lambda stack: drop_layers(stack, keep=[0, 3]))` is a smaller writer
+    behind the same reader.
+    """
+    if side not in ("encoder", "decoder"):
+        raise UserError(f"There is no side '{side}'; it must be encoder or decoder.")
+    stack = change(getattr(model, side))
+    values = {f"{side}.{name}": p for name, p in stack.named_parameters(remove_duplicate=False)}
+    changed: dict[str, Any] = {side: stack.config}
+    return rebuild(model, replace(model.config, **changed), values)
+
+
+# --- tokens --------------------------------------------------------------------------------------
+
+
+def add_tokens(
+    model: M, tokenizer: Tokenizer, tokens: Sequence[str], *, special: bool = False
+) -> tuple[M, Tokenizer]:
+    """A model and a tokenizer that know `tokens` as well; `special` as in `Tokenizer.add_tokens`.
+
+    The new rows are the mean of the old ones, see `grow_vocabulary`. A model whose vocabulary is
+    larger than its tokenizer's (padded to a round number) has its spare rows used first.
+    """
+    grown = copy.copy(tokenizer)
+    grown.config, grown.extra_stop_ids = dict(grown.config), set(grown.extra_stop_ids)
+    grown.add_tokens(tokens, special=special)
+    return grow_vocabulary(model, tokenizer.vocab_size, grown.vocab_size), grown
+
+
+@torch.no_grad()
+def grow_vocabulary(model: M, used: int, wanted: int) -> M:
+    """A model with `wanted` entries or more; those from `used` on are the mean of those before.
+
+    This holds for the embedding, for an untied head and for a bias of the logits (Hewitt 2021,
+    "Initializing new word embeddings for pretrained language models"). The logit of a new entry is
+    then the mean of the old ones, which is below the logarithm of their mean exponential: n new
+    entries behind v old ones together take less than n / (n + v) of the probability, and among
+    the old ones it is shared as before. (A soft-cap on the logits bends this a little.)
+    """
+    config: Any = model.config
+    if used > config.vocab_size or used < 1:
+        raise UserError(
+            f"The tokenizer has {used} entries and the model {config.vocab_size}; they do not "
+            "belong together."
+        )
+    size = max(config.vocab_size, wanted)
+    values = {}
+    for name, rows_vm in model.named_parameters(remove_duplicate=False):
+        if name.endswith(("embedding.weight", "head.weight")) or name == "logits_bias":
+            new = rows_vm.new_zeros(size, *rows_vm.shape[1:])
+            new[: len(rows_vm)] = rows_vm
+            new[used:wanted] = rows_vm[:used].float().mean(0).to(rows_vm.dtype)
+            values[name] = new
+    if isinstance(model, EncoderDecoder):
+        if config.encoder.vocab_size != config.decoder.vocab_size:
+            raise UserError("Source and target have vocabularies of different sizes.")
+        encoder, decoder = (replace(c, vocab_size=size) for c in (config.encoder, config.decoder))
+        return rebuild(model, replace(config, encoder=encoder, decoder=decoder), values)
+    return rebuild(model, replace(config, vocab_size=size), values)
+
+
+# --- context -------------------------------------------------------------------------------------
+
+
+def extend_context(model: M, max_seq_len: int, how: str | None = None) -> M:
+    """A model that takes texts of `max_seq_len` tokens. f is the new length over the old one.
+
+    Rotary positions (no parameter changes; every text is read a little differently, so that some
+    training on long texts should follow):
+      "yarn"    slow pairs turn f times more slowly, fast ones as before (arXiv:2309.00071);
+      "llama3"  the same with Llama 3's limits between slow and fast (arXiv:2407.21783);
+      "linear"  all turn f times more slowly: position f * p is read as p was (arXiv:2306.15595);
+      "theta"   the base is raised so that the slowest pair turns f times more slowly and the
+                fastest as before ("NTK-aware").
+    Learned positions:
+      "stretch" new rows lie on the lines between the old ones, first and last row stay;
+      "repeat"  the old rows again and again, as Longformer did (arXiv:2004.05150): texts up to the
+                old length are read exactly as before.
+    The first of these is the default. Sinusoidal positions and relative distances know no length:
+    every text that fitted is read exactly as before.
+    """
+    if isinstance(model, EncoderDecoder):
+        for side in ("encoder", "decoder"):
+            model = on_side(model, side, lambda stack: extend_context(stack, max_seq_len, how))
+        return model
+    config = model.config
+    if max_seq_len <= config.max_seq_len:
+        raise UserError(
+            f"The context is {config.max_seq_len} tokens already; max_seq_len must be larger, not "
+            f"{max_seq_len}."
+        )
+    choices = STRETCHES.get(config.position, ())
+    if how is None and choices:
+        how = choices[0]
+    if how is not None and how not in choices:
+        raise UserError(
+            f"'{how}' is no way to extend {config.position} positions; "
+            + (f"there are {', '.join(choices)}." if choices else "leave it out.")
+            + nearest(how, choices)
+        )
+    longer = replace(config, max_seq_len=max_seq_len)
+    if config.position == "rope":
+        assert how is not None
+        return rebuild(model, _turned_slower(longer, max_seq_len / config.max_seq_len, how))
+    if config.position == "learned":
+        assert how is not None
+        rows = _more_positions(model.positions.weight, config.position_offset, max_seq_len, how)
+        return rebuild(model, longer, {"positions.weight": rows})
+    return rebuild(model, longer)
+
+
+def _turned_slower(config: ModelConfig, factor: float, how: str) -> ModelConfig:
+    old = config.rope_scaling
+    if how == "theta":
+        d = config.rope_dim
+        if d < 4:
+            raise UserError(f"'theta' needs at least two rotary pairs; here {d} features turn.")
+        return replace(config, rope_theta=config.rope_theta * factor ** (d / (d - 2)))
+    if old is None:
+        least, most = {"yarn": (1.0, 32.0)}.get(how, (1.0, 4.0))
+        original = round(config.max_seq_len / factor)
+        if how == "linear":  # which has no use for the rest, so that it stays at its defaults
+            return replace(config, rope_scaling=RopeScaling("linear", factor))
+        return replace(config, rope_scaling=RopeScaling(how, factor, least, most, original))
+    if old.kind != how:
+        raise UserError(
+            f"The context was stretched by '{old.kind}' before; go on with '{old.kind}' or "
+            f"'theta', not with '{how}'."
+        )
+    return replace(config, rope_scaling=replace(old, factor=old.factor * factor))
+
+
+def _more_positions(rows_pm: Tensor, offset: int, length: int, how: str) -> Tensor:
+    """The table for `length` positions; its first `offset` rows are of no position and stay."""
+    first, old = rows_pm[:offset], rows_pm[offset:]
+    if how == "repeat":
+        return torch.cat([first, old.repeat(-(-length // len(old)), 1)[:length]])
+    columns = old.float().T[None]
+    new = F.interpolate(columns, size=length, mode="linear", align_corners=True)[0].T
+    return torch.cat([first, new.to(rows_pm.dtype)])
+
+
+# --- tied and untied -----------------------------------------------------------------------------
+
+
+def untie(model: Decoder) -> Decoder:
+    """A model whose output matrix is a copy of its embedding: every logit stays as it is."""
+    config = replace(model.config, tie_embeddings=False)
+    return rebuild(model, config, {"head.weight": model.head.weight})
+
+
+def tie(model: Decoder, keep: str = "embedding") -> Decoder:
+    """A model whose output matrix is its embedding; of two the one named by `keep` stays.
+
+    "embedding", "head", or "mean". Exact where both were equal, else one end of the model must be
+    learnt anew.
+    """
+    embedding, head = model.embedding.weight, model.head.weight
+    kept = {"embedding": embedding, "head": head, "mean": (embedding + head) / 2}
+    if keep not in kept:
+        raise UserError(f"keep is '{keep}'; it must be one of {', '.join(kept)}.")
+    config = replace(model.config, tie_embeddings=True)
+    return rebuild(model, config, {"embedding.weight": kept[keep]})
+
+
+# --- layers --------------------------------------------------------------------------------------
+
+
+def drop_layers(model: S, keep: Sequence[int]) -> S:
+    """A model of the blocks with the numbers `keep` alone (from 0), in this order.
+
+    A block that adds nothing (its last matrices are zero) is dropped exactly; for the rest, the
+    further apart two neighbours stood before, the more is to be learnt. Which blocks have windows
+    and experts moves with them.
+    """
+    config = model.config
+    if not keep or any(not 0 <= layer < config.n_layers for layer in keep):
+        raise UserError(
+            f"keep is {list(keep)}; it must name some of the blocks 0 to {config.n_layers - 1}."
+        )
+    if not config.first_norm and (keep[0] != 0 or 0 in keep[1:]):
+        raise UserError("The first block of this family has one norm less; keep it, and first.")
+    places: dict[int, list[int]] = {}
+    for new, old in enumerate(keep):
+        places.setdefault(old, []).append(new)
+
+    def moved(layers: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(new for old in layers for new in places.get(old, ())))
+
+    values = {
+        f"blocks.{new}.{name}": parameter
+        for new, old in enumerate(keep)
+        for name, parameter in model.blocks[old].named_parameters()
+    }
+    windows = moved(config.window_layers)
+    experts = config.experts and replace(config.experts, layers=moved(config.experts.layers))
+    changed = replace(
+        config, n_layers=len(keep), window_layers=windows, experts=experts,
+        window=config.window if windows else None,
+    )  # fmt: skip
+    return rebuild(model, changed, values)

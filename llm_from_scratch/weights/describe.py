@@ -1,0 +1,128 @@
+"""What a MODEL is, read from its description alone: no weight is loaded, and none is fetched.
+
+The description is a `config.json`, the metadata of a GGUF file, or the `config.yaml` of a run. Of
+weights that lie beside it, at most the names are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from llm_from_scratch.core.errors import UserError, nearest
+from llm_from_scratch.core.json_files import read_json_object
+from llm_from_scratch.model.config import EncoderDecoderConfig
+from llm_from_scratch.model.heads import HeadConfig
+from llm_from_scratch.model.inventory import AnyConfig
+from llm_from_scratch.model.presets import PRESETS, ModelSettings, resolve
+from llm_from_scratch.weights.catalogue import CATALOGUE, Report, local_path, to_stderr
+from llm_from_scratch.weights.families import Family, read_config
+from llm_from_scratch.weights.gguf import GGUF
+from llm_from_scratch.weights.gguf_load import read_config as read_gguf_config
+from llm_from_scratch.weights.heads import want, with_pooler
+from llm_from_scratch.weights.sources import DTYPES, locate_description
+from llm_from_scratch.weights.stored import open_tensors
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model without its weights.
+
+    `source` is what was read, `form` the precision in which the weights are stored ("bf16", a
+    format of GGUF), `stored_bytes` what they take there; None where there are none.
+    """
+
+    source: str
+    config: AnyConfig
+    head: HeadConfig | None = None
+    form: str | None = None
+    stored_bytes: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The precision of the stored weights; None for formats that are decoded."""
+        return None if self.form is None else DTYPES.get(self.form)
+
+
+def describe(model: str | Path, report: Report = to_stderr) -> Description | Path:
+    """The model that MODEL names; of a run without a model, the path of its config.yaml.
+
+    A short name that is not pulled yet is described by the preset of that name, and of a hub name
+    only config.json is fetched. Raises `UserError` for what cannot be found or read.
+    """
+    name = str(model)
+    known = name in CATALOGUE and name in PRESETS and not Path(name).expanduser().exists()
+    if known and local_path(name) is None:
+        return describe_preset(name)
+    path = locate_description(model, report)
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    return describe_folder(path.parent) if path.name == "config.json" else describe_gguf(path)
+
+
+def describe_preset(name: str) -> Description:
+    """A size of `scratchlm models`, with the published vocabulary and context."""
+    if name not in PRESETS:
+        raise UserError(
+            f"There is no preset '{name}'; there are {', '.join(PRESETS)}.{nearest(name, PRESETS)}"
+        )
+    sizes = {key: value for key, value in PRESETS[name][1].items() if isinstance(value, int)}
+    config = resolve(ModelSettings(preset=name), sizes["vocab_size"], sizes["max_seq_len"])
+    return Description(f"preset {name}", config)
+
+
+def describe_gguf(path: Path) -> Description:
+    """A GGUF file, by its metadata and the list of its tensors."""
+    file = GGUF(path)
+    config = read_gguf_config(file)[1]
+    sizes: Counter[str] = Counter()
+    for info in file.tensors.values():
+        sizes[info.form.name] += info.size
+    return Description(str(path), config, None, max(sizes, key=sizes.__getitem__), sizes.total())
+
+
+def describe_folder(folder: Path) -> Description:
+    """A model folder, complete or with its config.json alone."""
+    where = folder / "config.json"
+    values = read_json_object(where)
+    family, config = read_config(values, str(where))
+    try:
+        wanted = want(family, values, None, None, folder)
+    except UserError:  # a class with a head that we do not have: the model under it
+        wanted = want(family, values, "none", None, folder)
+    names = _stored_names(family, folder)
+    config = with_pooler(family, _tied(family, config, names), wanted, names)
+    files = list(folder.glob("*.safetensors"))
+    stored = values.get("dtype", values.get("torch_dtype"))
+    form = next((short for short in ("fp32", "bf16", "fp16") if _is(stored, short)), None)
+    size = sum(file.stat().st_size for file in files) if files else None
+    return Description(str(where), config, wanted.head, form, size)
+
+
+def _is(stored: object, short: str) -> bool:
+    return isinstance(stored, str) and DTYPES.get(stored) == DTYPES[short]
+
+
+def _stored_names(family: Family, folder: Path) -> set[str]:
+    """The names of the stored tensors, full and as given; all possible ones where none is there."""
+    if any(folder.glob("*.safetensors")):
+        # A folder whose weights are still on their way is described all the same.
+        with contextlib.suppress(UserError), open_tensors(folder) as tensors:
+            names = set(tensors.files)
+            return names | {family.prefix + name for name in names}
+    return {f"{rule.theirs}.weight" for rule in family.tensors}
+
+
+def _tied(family: Family, config: AnyConfig, names: set[str]) -> AnyConfig:
+    """Where the weights decide whether the head is a matrix of its own (T5): is one stored?"""
+    if not family.tied_as_stored or not isinstance(config, EncoderDecoderConfig):
+        return config
+    head = next(
+        f"{rule.theirs}.weight" for rule in family.tensors if rule.ours == ("decoder.head",)
+    )
+    tied = head not in names or config.decoder.tie_embeddings
+    return replace(config, decoder=replace(config.decoder, tie_embeddings=tied))
