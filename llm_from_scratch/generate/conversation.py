@@ -9,7 +9,8 @@ from dataclasses import replace
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.generate.generate import Result, stream
 from llm_from_scratch.generate.sampling import SamplingSettings
-from llm_from_scratch.model.decoder import Decoder
+from llm_from_scratch.generate.tokens import Writer
+from llm_from_scratch.model.encoder_decoder import EncoderDecoder
 from llm_from_scratch.text.chat import encode_chat_prompt, stop_strings
 from llm_from_scratch.text.tokenizer import Tokenizer
 
@@ -26,13 +27,18 @@ class Conversation:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Writer,
         tokenizer: Tokenizer,
         settings: SamplingSettings | None = None,
         *,
         system: str | None = None,
         template: str | None = None,
     ) -> None:
+        if isinstance(model, EncoderDecoder) and (template or tokenizer.chat_template) is None:
+            raise UserError(
+                "This model makes one text of another, such as a translation, and holds no "
+                "conversation; give it the text with `scratchlm generate`, without --chat."
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.template = template

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llm_from_scratch.core.errors import UserError, nearest
 from llm_from_scratch.generate.sampling import SamplingSettings
-from llm_from_scratch.generate.tokens import Generation, NewToken, generate_tokens
-from llm_from_scratch.model.decoder import Decoder
+from llm_from_scratch.generate.tokens import Generation, NewToken, Writer, generate_tokens
+from llm_from_scratch.model.encoder_decoder import EncoderDecoder
 from llm_from_scratch.text.stream import StreamDecoder
 from llm_from_scratch.text.tokenizer import Tokenizer
 
@@ -24,7 +24,9 @@ __all__ = [
     "Result",
     "SamplingSettings",
     "complete",
+    "encode_for",
     "encode_prompt",
+    "encode_source",
     "generate",
     "generate_tokens",
     "make_settings",
@@ -95,25 +97,33 @@ class StopBuffer:
 class _Row:
     """One prompt's text as it grows."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        beginning: Sequence[int],
+        settings: SamplingSettings,
+        stop_ids: Collection[int],
+    ) -> None:
         self.prompt_tokens = len(prompt)
+        self.stop_ids = stop_ids
         self.tokens: list[int] = []
         self.text = ""
         self.began = 0.0
         self.first: float | None = None
         self.decoder = StreamDecoder(tokenizer, skip_special=True)
-        self.buffer = StopBuffer(stop)
+        self.buffer = StopBuffer(settings.stop)
         # Some vocabularies drop the space in front of a text's first token. The continuation is
         # no first token, so the decoder is shown where it continues from.
-        if tokenizer.bytes_rule.exact and prompt[-1] not in self.decoder.hidden:
-            self.decoder.push(prompt[-1])
+        if tokenizer.bytes_rule.exact and beginning[-1] not in self.decoder.hidden:
+            self.decoder.push(beginning[-1])
 
     def push(self, new: NewToken) -> Piece:
         """Take in one token; the piece has a result where the row ends with it."""
         if self.first is None:
             self.first = time.perf_counter() - self.began
         text = ""
-        if new.finish_reason != "stop":
+        if new.token not in self.stop_ids:
             self.tokens.append(new.token)
             text = self.buffer.push(self.decoder.push(new.token))
         reason = new.finish_reason
@@ -183,18 +193,36 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int
     )
 
 
+def encode_source(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
+    """The ids that an encoder reads: a text with the special tokens that belong around it."""
+    if not isinstance(prompt, str):
+        return [int(token) for token in prompt]
+    return tokenizer.encode_inputs([prompt]).ids[0]
+
+
+def encode_for(model: Writer, tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
+    """The ids of a prompt: the beginning for a decoder, the source for an encoder-decoder."""
+    encode = encode_source if isinstance(model, EncoderDecoder) else encode_prompt
+    return encode(tokenizer, prompt)
+
+
 def stream(
-    model: Decoder,
+    model: Writer,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     settings: SamplingSettings,
 ) -> Generator[Piece, None, None]:
     """Continue prompts (token ids) together and yield text as soon as it is certain.
 
-    Prompts are checked before the first piece is asked for. The generator may be closed early.
+    An encoder-decoder takes them as sources and writes their targets. Prompts are checked before
+    the first piece is asked for. The generator may be closed early.
     """
     generation = Generation(model, prompts, settings, tokenizer.stop_ids)
-    rows = [_Row(tokenizer, prompt, settings.stop) for prompt in prompts]
+    written = tokenizer.target if isinstance(model, EncoderDecoder) else tokenizer
+    rows = [
+        _Row(written, prompt, beginning, settings, generation.stop_ids)
+        for prompt, beginning in zip(prompts, generation.beginnings, strict=True)
+    ]
 
     def pieces() -> Generator[Piece, None, None]:
         for row in rows:
@@ -211,16 +239,17 @@ def stream(
 
 
 def complete(
-    model: Decoder,
+    model: Writer,
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[int]],
     **settings: Any,
 ) -> list[Result]:
     """Continue several prompts (texts or token ids) as one batch; results in their order.
 
-    Takes the fields of `SamplingSettings`. Prompt number i (from 0) is seeded with `seed` + i.
+    An encoder-decoder reads each prompt as a source and writes its target. Takes the fields of
+    `SamplingSettings`. Prompt number i (from 0) is seeded with `seed` + i.
     """
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    ids = [encode_for(model, tokenizer, prompt) for prompt in prompts]
     done: dict[int, Result] = {}
     for piece in stream(model, tokenizer, ids, make_settings(**settings)):
         if piece.result is not None:
@@ -229,9 +258,11 @@ def complete(
 
 
 def generate(
-    model: Decoder, tokenizer: Tokenizer, prompt: str | Sequence[int], **settings: Any
+    model: Writer, tokenizer: Tokenizer, prompt: str | Sequence[int], **settings: Any
 ) -> Iterator[str]:
     """The continuation of a prompt, piece by piece, without the prompt itself.
+
+    An encoder-decoder reads the prompt as a source and writes its target.
 
     >>> for piece in generate(model, tokenizer, "Once upon a time", temperature=0.8, seed=1):
     ...     print(piece, end="")
@@ -239,5 +270,6 @@ def generate(
     Takes the fields of `SamplingSettings`; wrong ones raise `UserError` here, not at the first
     piece.
     """
-    pieces = stream(model, tokenizer, [encode_prompt(tokenizer, prompt)], make_settings(**settings))
+    ids = encode_for(model, tokenizer, prompt)
+    pieces = stream(model, tokenizer, [ids], make_settings(**settings))
     return (piece.text for piece in pieces if piece.text)

@@ -3,6 +3,9 @@
 A step runs the model once for all rows that are still going. The first step reads the prompts,
 padded on the right to a rectangle; afterwards only the newest token of each row goes in, and
 everything before it comes from the key-value cache. A row that ends leaves the batch.
+
+Of an encoder-decoder the prompts are the sources: the encoder reads them at the first step, and
+the decoder's rows begin with the start token.
 """
 
 from __future__ import annotations
@@ -12,19 +15,24 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_from_scratch.core.errors import RunError, UserError
 from llm_from_scratch.generate.sampling import SamplingSettings, choose, make_generator
 from llm_from_scratch.model.cache import KVCache
+from llm_from_scratch.model.config import EncoderDecoderConfig
 from llm_from_scratch.model.decoder import Decoder
+from llm_from_scratch.model.encoder_decoder import EncoderDecoder
+
+Writer = Decoder | EncoderDecoder
 
 
 @dataclass(frozen=True)
 class NewToken:
     """One token of one row; `finish_reason` is None until the row's last one.
 
-    "stop": the token is an end token. "length": `max_new_tokens` or the context is used up.
+    "stop": the token is an end token. "length": `max_new_tokens` or the context is used up; some
+    encoder-decoders are then made to end, so that this token too may be an end token.
     """
 
     row: int
@@ -32,9 +40,20 @@ class NewToken:
     finish_reason: str | None = None
 
 
-def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]]) -> None:
+def as_writer(model: nn.Module) -> Writer:
+    """The model, if it is one that writes text; a `UserError` if not."""
+    if not isinstance(model, Decoder | EncoderDecoder):
+        raise UserError(
+            "This model reads text and writes none (it is an encoder, or has a head that labels): "
+            "give a decoder or an encoder-decoder."
+        )
+    return model
+
+
+def check_prompts(model: Writer, prompts: Sequence[Sequence[int]]) -> None:
     """Refuse prompts that the model cannot read, in a sentence."""
-    context, vocab = model.config.max_seq_len, model.config.vocab_size
+    reader = model.encoder if isinstance(model, EncoderDecoder) else model
+    context, vocab = reader.config.max_seq_len, reader.config.vocab_size
     if not prompts:
         raise UserError("There is no prompt to continue; give at least one.")
     for prompt in prompts:
@@ -52,60 +71,68 @@ def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]]) -> None:
             )
 
 
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """(rows, longest) ids; what stands behind a row's end is never looked at."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+
+
 class Generation:
     """Prompts being continued. Row numbers are the places of the prompts and never change.
 
     Row i draws from its own generator, seeded with `settings.seed` + i, and no row sees another:
-    a prompt is continued as it would be alone. `step` until `rows` is empty.
+    a prompt is continued as it would be alone. `step` until `rows` is empty. `beginnings` is what
+    the decoder continues: the prompts, or in an encoder-decoder the start token.
     """
 
     def __init__(
         self,
-        model: Decoder,
+        model: Writer,
         prompts: Sequence[Sequence[int]],
         settings: SamplingSettings,
         stop_ids: Collection[int] = (),
     ) -> None:
-        check_prompts(model, prompts)
+        check_prompts(as_writer(model), prompts)
         self.model = model
         self.settings = settings
         self.stop_ids = frozenset(stop_ids)
+        self.pair: EncoderDecoderConfig | None = None
+        self.beginnings = prompts
+        self._unread: Sequence[Sequence[int]] = []  # sources that the encoder has not read yet
+        stack = model
+        if isinstance(model, EncoderDecoder):
+            stack, self.pair, self._unread = model.decoder, model.config, prompts
+            self.beginnings = [[self.pair.start_id]] * len(prompts)
+            self.stop_ids |= set() if self.pair.end_id is None else {self.pair.end_id}
+        assert isinstance(stack, Decoder)
         self.rows = list(range(len(prompts)))
-        self.lengths = [len(prompt) for prompt in prompts]  # by row: prompt and new tokens
-        self.ends = [
-            min(len(prompt) + settings.max_new_tokens, model.config.max_seq_len)
-            for prompt in prompts
-        ]
+        self.lengths = [len(ids) for ids in self.beginnings]  # by row, new tokens included
+        context = stack.config.max_seq_len
+        self.ends = [min(length + settings.max_new_tokens, context) for length in self.lengths]
         first = settings.seed
         self.generators = [
             make_generator(None if first is None else first + row) for row in self.rows
         ]
-        weight = model.embedding.weight
+        weight = stack.embedding.weight
         self.device = weight.device
         self.cache = KVCache(
-            model.config,
+            stack.config,
             batch=len(prompts),
             capacity=max(self.ends),
-            dtype=model.compute_dtype or weight.dtype,
+            dtype=stack.compute_dtype or weight.dtype,
             device=self.device,
         )
-        self._next = self._padded(prompts)
-        self._seen = self._first_seen(prompts)
+        self._next = padded(self.beginnings, self.device)
+        self._seen = self._first_seen()
 
-    def _padded(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """(rows, longest) ids; what stands behind a prompt's end is never looked at."""
-        longest = max(len(prompt) for prompt in prompts)
-        rows = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-        return torch.tensor(rows, device=self.device)
-
-    def _first_seen(self, prompts: Sequence[Sequence[int]]) -> Tensor | None:
-        """(rows, vocab), True for tokens of the prompt; kept only where a penalty needs it."""
+    def _first_seen(self) -> Tensor | None:
+        """(rows, vocab), True for tokens that are there; kept only where a penalty needs it."""
         if self.settings.repetition_penalty == 1.0:
             return None
         vocab = self.model.config.vocab_size
-        seen = torch.zeros(len(prompts), vocab, dtype=torch.bool, device=self.device)
-        for row, prompt in enumerate(prompts):
-            seen[row, torch.tensor(prompt, device=self.device)] = True
+        seen = torch.zeros(len(self.rows), vocab, dtype=torch.bool, device=self.device)
+        for row, ids in enumerate(self.beginnings):
+            seen[row, torch.tensor(ids, device=self.device)] = True
         return seen
 
     @torch.inference_mode()
@@ -119,6 +146,8 @@ class Generation:
                 "The model's output is not a number (NaN): its weights are broken or overflow in "
                 "this precision. Try --dtype fp32."
             )
+        if self.pair is not None:
+            logits = self._allowed(logits, self.pair)
         generators = [self.generators[row] for row in self.rows]
         chosen = choose(logits, self.settings, generators, self._seen)
         if self._seen is not None:
@@ -134,7 +163,7 @@ class Generation:
         if was_training:
             self.model.eval()
         try:
-            hidden_btm = self.model.hidden(self._next, cache=self.cache)
+            hidden_btm = self.model.hidden(self._next, cache=self.cache, **self._source())
             if hidden_btm.shape[1] > 1:  # the prompts: each row ends at its own place
                 lengths = torch.tensor([self.lengths[row] for row in self.rows])
                 self.cache.set_lengths(lengths)
@@ -147,12 +176,38 @@ class Generation:
             if was_training:
                 self.model.train()
 
+    def _source(self) -> dict[str, Tensor]:
+        """What the encoder makes of the sources, and their mask; later the cache holds both."""
+        if not self._unread or not isinstance(self.model, EncoderDecoder):
+            return {}
+        lengths = torch.tensor([len(source) for source in self._unread], device=self.device)
+        source_bs = padded(self._unread, self.device)
+        mask_bs = torch.arange(source_bs.shape[1], device=self.device) < lengths[:, None]
+        self._unread = []
+        if bool(mask_bs.all()):
+            return {"encoded_bsm": self.model.encoder(source_bs)}
+        encoded_bsm = self.model.encoder(source_bs, attention_mask=mask_bs)
+        return {"encoded_bsm": encoded_bsm, "attention_mask": mask_bs}
+
+    def _allowed(self, logits: Tensor, pair: EncoderDecoderConfig) -> Tensor:
+        """The logits without what the model never writes: padding, or more than there is room."""
+        logits = logits.clone()
+        if not pair.writes_start:
+            logits[:, pair.start_id] = -math.inf
+        last = [i for i, row in enumerate(self.rows) if self.lengths[row] + 1 >= self.ends[row]]
+        if pair.end_id is not None and last:
+            logits[last] = -math.inf
+            logits[last, pair.end_id] = 0.0
+        return logits
+
     def _new_token(self, row: int, token: int) -> NewToken:
         self.lengths[row] += 1
+        full = self.lengths[row] >= self.ends[row]
+        made_to_end = full and self.pair is not None and self.pair.end_id is not None
         reason = None
-        if token in self.stop_ids:
+        if token in self.stop_ids and not made_to_end:
             reason = "stop"
-        elif self.lengths[row] >= self.ends[row]:
+        elif full:
             reason = "length"
         return NewToken(row, token, reason)
 
@@ -162,6 +217,7 @@ class Generation:
         if len(keep) == len(self.rows):
             return
         self.rows = [self.rows[i] for i in keep]
+        self._unread = [self._unread[i] for i in keep] if self._unread else []
         if not self.rows:
             return
         index = torch.tensor(keep, device=self.device)
@@ -172,7 +228,7 @@ class Generation:
 
 
 def generate_tokens(
-    model: Decoder,
+    model: Writer,
     prompts: Sequence[Sequence[int]],
     settings: SamplingSettings,
     stop_ids: Collection[int] = (),

@@ -186,7 +186,7 @@ class Loop:
                 "batch is masked. Look at the data's loss mask."
             )
         torch._foreach_div_(grads, count)
-        return loss_sum / count, int(count), {n: metrics[n].item() / count for n in names}
+        return loss_sum / count, int(count), figures({n: metrics[n] / count for n in names})
 
     def step(self) -> dict[str, float]:
         """One optimiser step; raises before the weights change if the loss is not finite."""
@@ -379,6 +379,17 @@ def compiled(
         )
         return method.step
     return torch.compile(method.step)
+
+
+def figures(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """What is logged of a step's metrics: of several numbers, the smallest and the largest."""
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if value.numel() == 1:
+            found[name] = value.item()
+        else:
+            found |= {f"{name}_min": value.min().item(), f"{name}_max": value.max().item()}
+    return found
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

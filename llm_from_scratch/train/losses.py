@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_from_scratch.data.loader import IGNORED
+from llm_from_scratch.model.experts import balance_losses, experts_of, routings, visit_shares
 
 
 @dataclass
 class LossSum:
     """The loss summed over `count` targets, and further sums to be divided by the same count.
 
-    `count` is a number or a tensor with one; a tensor spares the device a stop per micro-batch.
+    `count` is a number or a tensor with one; a tensor spares the device a stop per micro-batch. A
+    metric of several numbers is logged as the smallest and the largest of them.
     """
 
     loss_sum: Tensor
@@ -36,6 +38,25 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(
         logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum"
     )
+
+
+def with_balance(result: LossSum, model: nn.Module, targets_bt: Tensor) -> LossSum:
+    """A training step's loss with the load-balancing loss of the model's experts, if it has any.
+
+    The balance of a text is a product of two means over its tokens and no sum over them. It is
+    therefore taken row by row, as in DeepSeek-V2 (arXiv:2405.04434, 2.2.3), and each row's stands
+    for all of its targets: the mean over targets does not depend on how rows are put into batches.
+    The metrics are `balance` and `expert_share`, each expert's share of the visits in each layer.
+    """
+    experts, found = experts_of(model), routings(model)
+    if not experts:
+        return result
+    targets_b = (targets_bt != IGNORED).sum(-1)
+    balance = (balance_losses(found) * targets_b).sum()
+    shares_le = torch.stack([(visit_shares(r) * targets_b[:, None]).sum(0) for r in found])
+    metrics = {**result.metrics, "balance": balance.detach(), "expert_share": shares_le}
+    loss_sum = result.loss_sum + experts[0].settings.balance * balance
+    return LossSum(loss_sum, result.count, metrics)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -32,7 +32,7 @@ class Muon(torch.optim.Optimizer):
 
     The update is scaled by 0.2 sqrt(max(rows, columns)), which gives it the size of an AdamW
     update, so that one learning rate and one weight decay serve both (Moonlight, arXiv:2502.16982).
-    Only for matrices; matrices of one shape are worked on together.
+    Only for matrices and stacks of them (experts); those of one shape are worked on together.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Muon(torch.optim.Optimizer):
                     # Nesterov: look one step ahead along the momentum.
                     updates.append(parameter.grad.lerp(state["momentum"], group["momentum"]))
                 stacked = orthogonalise(torch.stack(updates), dtype=self.dtype)
-                size = 0.2 * max(shape) ** 0.5
+                size = 0.2 * max(shape[-2:]) ** 0.5
                 for parameter, update in zip(parameters, stacked, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(update, alpha=-group["lr"] * size)
@@ -91,7 +91,8 @@ def make_optimizers(
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices: list[Tensor] = []
     if kind == "muon":
-        matrices = [p for n, p in named if p.dim() == 2 and "blocks." in n]
+        # The matrices of all experts lie in one tensor with three axes.
+        matrices = [p for n, p in named if p.dim() in (2, 3) and "blocks." in n]
     chosen = {id(p) for p in matrices}
     rest = [(n, p) for n, p in named if id(p) not in chosen]
     groups = [

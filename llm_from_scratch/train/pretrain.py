@@ -40,7 +40,12 @@ from llm_from_scratch.model.flops import parameter_count, training_flops_per_tok
 from llm_from_scratch.model.presets import resolve
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.train.loop import Hooks, Loop
-from llm_from_scratch.train.losses import LossSum, chunked_cross_entropy_sum, cross_entropy_sum
+from llm_from_scratch.train.losses import (
+    LossSum,
+    chunked_cross_entropy_sum,
+    cross_entropy_sum,
+    with_balance,
+)
 from llm_from_scratch.train.parallel import join_world, leave_world, wait_for_all
 from llm_from_scratch.train.prepare import PYTHON, Prepared, prepare, reopen
 from llm_from_scratch.train.settings import PretrainConfig
@@ -61,11 +66,14 @@ class NextToken:
     def step(self, model: nn.Module, batch: Batch) -> LossSum:
         assert isinstance(model, Decoder)
         hidden = model.hidden(batch.tokens, document_ids_bt=batch.document_ids)
-        count = (batch.targets != IGNORED).sum()
-        if model.config.vocab_size > 1024 and model.training:
-            weight = model.head.weight
-            return LossSum(chunked_cross_entropy_sum(hidden, weight, batch.targets), count)
-        return LossSum(cross_entropy_sum(model.logits(hidden), batch.targets), count)
+        config, targets = model.config, batch.targets
+        plain = config.logit_softcap is None and not config.scale_logits
+        if plain and config.vocab_size > 1024 and model.training:
+            loss_sum = chunked_cross_entropy_sum(hidden, model.head.weight, targets)
+        else:
+            loss_sum = cross_entropy_sum(model.logits(hidden), targets)
+        result = LossSum(loss_sum, (targets != IGNORED).sum())
+        return with_balance(result, model, targets) if model.training else result
 
 
 # --- the run -------------------------------------------------------------------------------------
@@ -231,8 +239,8 @@ def start(
     # What can be known to be wrong comes out before the work.
     shape = resolve(config.model, config.tokenizer.vocab_size, config.data.seq_len)
     config = settle(config)
-    family_of(shape)  # what cannot be saved need not be trained
     refuse_too_large(parameter_count(shape), memory_bytes(pick_device(config.train.device)))
+    family_of(shape)  # what cannot be saved need not be trained
     if config.tokenizer.path is not None:
         Tokenizer.load(Path(config.tokenizer.path))
     fresh = not folder.exists()
@@ -291,7 +299,9 @@ def finish(
         seq_len = config.data.seq_len
         if config.train.keep_best and p.best_step != p.step:
             dtype = model.compute_dtype
-            model = load_folder(folder / "model")[0]  # the figures are those of what is kept
+            best = load_folder(folder / "model")[0]  # the figures are those of what is kept
+            assert isinstance(best, Decoder)
+            model = best
             model.to(loop.device)
             model.compute_dtype = dtype
         nats, targets = 0.0, 0

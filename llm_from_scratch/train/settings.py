@@ -10,7 +10,13 @@ from llm_from_scratch.train.schedule import SCHEDULES
 
 OPTIMIZERS = ("muon", "adamw")
 PRECISIONS = ("auto", "bf16", "fp32")
-TOKENIZERS = ("bpe", "char")
+TOKENIZERS = ("bpe", "unigram", "wordpiece", "char")
+# The smallest vocabularies, and what is in them.
+LEAST = {
+    "bpe": (257, "the 256 bytes and <|endoftext|>"),
+    "unigram": (259, "the 256 bytes, one piece, <|unk|> and <|endoftext|>"),
+    "wordpiece": (3, "one piece, <|unk|> and <|endoftext|>"),
+}
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class TokenizerSettings:
     """Which tokenizer: one to train, or one that exists."""
 
     kind: str = "bpe"
-    """bpe (byte-level) or char."""
+    """bpe (byte-level), unigram, wordpiece (as BERT's, loses case and spaces) or char."""
     vocab_size: int = 4096
     """Entries of a trained vocabulary, special tokens included."""
     path: str | None = None
@@ -138,11 +144,10 @@ class TokenizerSettings:
                 f"tokenizer.kind is '{self.kind}'; it must be one of {', '.join(TOKENIZERS)}."
                 + nearest(self.kind, TOKENIZERS)
             )
-        least = 256 + 1  # the bytes and <|endoftext|>
-        if self.kind == "bpe" and self.path is None and self.vocab_size < least:
+        least, what = LEAST.get(self.kind, (1, "one token"))
+        if self.path is None and self.vocab_size < least:
             raise UserError(
-                f"tokenizer.vocab_size is {self.vocab_size}; it must be at least {least}: the 256 "
-                "bytes and <|endoftext|>."
+                f"tokenizer.vocab_size is {self.vocab_size}; it must be at least {least}: {what}."
             )
 
 
@@ -153,7 +158,7 @@ class DataSettings:
     paths: tuple[str, ...] = ()
     """Files and folders of text; `python` is the text that every Python carries."""
     language: str = "en"
-    """en or ja: how text is split before byte-pair merges."""
+    """en or ja: how text is split into words."""
     seq_len: int = 256
     """Tokens per training sequence."""
     val_fraction: float = 0.05

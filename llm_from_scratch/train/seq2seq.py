@@ -1,0 +1,111 @@
+"""Teaching an encoder-decoder: from pairs of texts, the second given the first.
+
+The decoder sees the target moved on by one behind the start token, and learns at each place which
+token comes next (teacher forcing; Sutskever et al., arXiv:1409.3215).
+
+Axes: b batch, s source positions, t target positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.data.loader import IGNORED
+from llm_from_scratch.model.encoder_decoder import EncoderDecoder
+from llm_from_scratch.train.losses import LossSum, chunked_cross_entropy_sum, cross_entropy_sum
+
+Ids = Sequence[int]
+
+
+@dataclass
+class Seq2SeqBatch:
+    """Sources and what is to be written for them.
+
+    source: (b, s) ids; source_mask: (b, s), 1 for text and 0 for padding; labels: (b, t) ids, -100
+    (IGNORED) where there is no loss, as behind the end of a text.
+    """
+
+    source: Tensor
+    source_mask: Tensor
+    labels: Tensor
+
+
+def pad_pairs(pairs: Sequence[tuple[Ids, Ids]], end_id: int | None = None) -> Seq2SeqBatch:
+    """Pairs of source and target ids as one batch; `end_id` is put behind each target."""
+    end = [] if end_id is None else [end_id]
+    sources = [list(source) for source, _ in pairs]
+    targets = [[*target, *end] for _, target in pairs]
+    if not all(sources) or not all(targets):
+        raise UserError("A pair has no source or no target; leave it out.")
+
+    def filled(rows: list[list[int]], by: int) -> Tensor:
+        longest = max(map(len, rows))
+        return torch.tensor([row + [by] * (longest - len(row)) for row in rows])
+
+    mask = filled([[1] * len(source) for source in sources], 0)
+    return Seq2SeqBatch(filled(sources, 0), mask, filled(targets, IGNORED))
+
+
+def decoder_input(labels_bt: Tensor, start_id: int) -> Tensor:
+    """What the decoder sees while it is to write the labels: (b, t).
+
+    The labels moved on by one behind the start token, which also stands where there is no label.
+    """
+    start_b1 = labels_bt.new_full((len(labels_bt), 1), start_id)
+    moved_bt = torch.cat([start_b1, labels_bt[:, :-1]], dim=1)
+    return moved_bt.masked_fill(moved_bt == IGNORED, start_id)
+
+
+class Seq2Seq:
+    """Cross-entropy of each next target token, given the source and the target before it."""
+
+    def step(self, model: nn.Module, batch: Seq2SeqBatch) -> LossSum:
+        assert isinstance(model, EncoderDecoder)
+        seen = decoder_input(batch.labels, model.config.start_id)
+        encoded = model.encoder(batch.source, attention_mask=batch.source_mask)
+        hidden = model.hidden(seen, encoded, attention_mask=batch.source_mask)
+        config, count = model.config.decoder, (batch.labels != IGNORED).sum()
+        plain = not model.config.logits_bias and config.logit_softcap is None
+        if not (plain and config.vocab_size > 1024 and model.training):
+            return LossSum(cross_entropy_sum(model.logits(hidden), batch.labels), count)
+        if config.scale_logits:
+            hidden = hidden * config.d_model**-0.5
+        weight = model.decoder.head.weight
+        return LossSum(chunked_cross_entropy_sum(hidden, weight, batch.labels), count)
+
+
+class Pairs:
+    """Pairs of source and target ids by number, shuffled anew in each epoch.
+
+    Which pair is number i depends on (pairs, seed, i) alone: a resumed run sees the same ones.
+    """
+
+    def __init__(
+        self, pairs: Sequence[tuple[Ids, Ids]], seed: int = 0, end_id: int | None = None
+    ) -> None:
+        if not pairs:
+            raise UserError("There is no pair to learn from; give at least one.")
+        self.pairs, self.seed, self.end_id = pairs, seed, end_id
+        self._orders: dict[int, list[int]] = {}
+
+    def batch(self, start: int, count: int) -> Seq2SeqBatch:
+        """Pairs number `start` to `start + count - 1` (from 0, over all epochs)."""
+        chosen = []
+        for number in range(start, start + count):
+            epoch, place = divmod(number, len(self.pairs))
+            chosen.append(self.pairs[self._order(epoch)[place]])
+        return pad_pairs(chosen, self.end_id)
+
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            # Raw bits and a stable sort are promised to be the same in every version of numpy.
+            bits = np.random.PCG64(np.random.SeedSequence([self.seed % 2**64, epoch]))
+            order = np.argsort(bits.random_raw(len(self.pairs)), kind="stable")
+            self._orders = {epoch: order.tolist()}  # a batch seldom lies across two epochs
+        return self._orders[epoch]
