@@ -67,15 +67,15 @@ def run(args: argparse.Namespace) -> int:
 
     settings = settings_of(args)
     model, tokenizer = load_model(args)
+    conversation = Conversation(model, tokenizer, settings, system=args.system)
     explain_template(tokenizer)
-    weight = model.embedding.weight
+    weight = next(model.parameters())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     note(
         f"{args.model}: {parameters / 1e6:,.1f} M parameters, {str(weight.dtype)[6:]} on "
         f"{weight.device.type}, context {model.config.max_seq_len:,} tokens. /help lists the "
         "commands."
     )
-    conversation = Conversation(model, tokenizer, settings, system=args.system)
     talk(conversation, reply_json if args.json else reply)
     return 0
 

@@ -15,7 +15,7 @@ from llm_from_scratch.core.errors import UserError
 if TYPE_CHECKING:
     from llm_from_scratch.generate.generate import Result
     from llm_from_scratch.generate.sampling import SamplingSettings
-    from llm_from_scratch.model.decoder import Decoder
+    from llm_from_scratch.generate.tokens import Writer
     from llm_from_scratch.text.tokenizer import Tokenizer
 
 EXAMPLES = """\
@@ -51,7 +51,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature",
         type=float,
         metavar="X",
-        help="0: always the likeliest token (default: 0.8; answers to messages: 0)",
+        help="0: always the likeliest token (default: 0.8; answers and translations: 0)",
     )
     group.add_argument(
         "--top_k", type=int, default=0, metavar="K", help="only the K likeliest tokens (0: off)"
@@ -126,15 +126,16 @@ def settings_of(args: argparse.Namespace) -> SamplingSettings:
     return SamplingSettings(**values)
 
 
-def load_model(args: argparse.Namespace) -> tuple[Decoder, Tokenizer]:
-    """The MODEL of a command line."""
+def load_model(args: argparse.Namespace) -> tuple[Writer, Tokenizer]:
+    """The MODEL of a command line, which must be one that writes."""
     from llm_from_scratch.core.device import PRECISIONS
+    from llm_from_scratch.generate.tokens import as_writer
     from llm_from_scratch.weights.sources import load
 
     if args.dtype not in DTYPES:
         raise UserError(f"--dtype is '{args.dtype}'; it must be one of {', '.join(DTYPES)}.")
     model, tokenizer = load(args.model, dtype=PRECISIONS.get(args.dtype), device=args.device)
-    return model, tokenizer
+    return as_writer(model), tokenizer
 
 
 def explain_template(tokenizer: Tokenizer) -> None:
@@ -176,11 +177,16 @@ def read_prompt(prompt: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
+    from llm_from_scratch.model.encoder_decoder import EncoderDecoder
+
     settings = settings_of(args)
     if args.system is not None and not args.chat:
         raise UserError("--system is part of a conversation; add --chat.")
     prompt = read_prompt(args.prompt)
     model, tokenizer = load_model(args)
+    if args.temperature is None and isinstance(model, EncoderDecoder):
+        # What is made of a source is no invention: of a translation the likeliest is wanted.
+        settings = dataclasses.replace(settings, temperature=0.0)
     texts, result = (answer if args.chat else continuation)(
         model, tokenizer, prompt, settings, args
     )
@@ -195,17 +201,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def continuation(
-    model: Decoder,
+    model: Writer,
     tokenizer: Tokenizer,
     prompt: str,
     settings: SamplingSettings,
     args: argparse.Namespace,
 ) -> tuple[Iterator[str], Any]:
     """The pieces of the text, and a function that gives the `Result` once they are through."""
-    from llm_from_scratch.generate.generate import encode_prompt, stream
+    from llm_from_scratch.generate.generate import encode_for, stream
 
     results: list[Result] = []
-    pieces = stream(model, tokenizer, [encode_prompt(tokenizer, prompt)], settings)
+    pieces = stream(model, tokenizer, [encode_for(model, tokenizer, prompt)], settings)
 
     def texts() -> Iterator[str]:
         for piece in pieces:
@@ -217,7 +223,7 @@ def continuation(
 
 
 def answer(
-    model: Decoder,
+    model: Writer,
     tokenizer: Tokenizer,
     prompt: str,
     settings: SamplingSettings,
@@ -226,8 +232,8 @@ def answer(
     """As `continuation`, for a message and its answer."""
     from llm_from_scratch.generate.conversation import Conversation
 
-    explain_template(tokenizer)
     conversation = Conversation(model, tokenizer, settings, system=args.system)
+    explain_template(tokenizer)
     return conversation.ask(prompt), lambda: conversation.result
 
 

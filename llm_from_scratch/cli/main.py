@@ -21,6 +21,8 @@ VERBS: dict[str, tuple[str, bool]] = {
     "chat": ("talk with a model in the terminal", False),
     "models": ("list the models and families that are known", False),
     "pull": ("fetch pretrained weights and check them", False),
+    "info": ("say what a model costs, and what fits this machine", False),
+    "convert": ("write a model in another format", False),
     "doctor": ("say what this machine is, has and can do", False),
 }
 

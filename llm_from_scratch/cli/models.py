@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import Any
 
+KINDS = ("decoder", "encoder", "encoder-decoder")
+
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
@@ -22,16 +24,17 @@ def add_parser(subparsers: Any) -> None:
 def listing() -> dict[str, Any]:
     """Everything that the command prints, as one mapping."""
     from llm_from_scratch.model.presets import PRESETS
-    from llm_from_scratch.weights.catalogue import CATALOGUE, local_file
+    from llm_from_scratch.weights.catalogue import CATALOGUE, local_path
     from llm_from_scratch.weights.families import FAMILIES
 
     models = []
     for name, package in CATALOGUE.items():
-        path = local_file(name)
+        path = local_path(name)
         models.append(
             {
                 "name": name,
                 "title": package.title,
+                "kind": package.kind,
                 "parameters": package.parameters,
                 "bytes": package.size,
                 "licence": package.licence,
@@ -40,7 +43,10 @@ def listing() -> dict[str, Any]:
                 "path": None if path is None else str(path),
             }
         )
-    families = [{"name": f.name, "class": f.architecture} for f in FAMILIES.values()]
+    families = [
+        {"name": f.name, "kind": f.kind, "title": f.title, "classes": f.classes}
+        for f in FAMILIES.values()
+    ]
     presets = [{"name": name, "family": family} for name, (family, _) in PRESETS.items()]
     return {"models": models, "families": families, "presets": presets}
 
@@ -56,14 +62,14 @@ def run(args: argparse.Namespace) -> int:
     for model in found["models"]:
         state = "here" if model["pulled"] else f"not yet: scratchlm pull {model['name']}"
         print(
-            f"  {model['name']:<14} {model['title']}, {human_bytes(model['bytes'])}, "
-            f"{model['licence']} ({state})"
+            f"  {model['name']:<16} {model['kind']}: {model['title']}, "
+            f"{human_bytes(model['bytes'])}, {model['licence']} ({state})"
         )
     print("\nFamilies whose Hugging Face folders can be read and written:")
-    for family in found["families"]:
-        print(f"  {family['name']:<14} {family['class']}")
+    for family in sorted(found["families"], key=lambda family: KINDS.index(family["kind"])):
+        print(f"  {family['name']:<16} {family['kind']}: {family['title']}")
     print("  GGUF files of the llama architecture can be read.")
     print("\nSizes to train from scratch (--model.preset):")
     for preset in found["presets"]:
-        print(f"  {preset['name']:<14} {preset['family']}")
+        print(f"  {preset['name']:<16} {preset['family']}")
     return 0

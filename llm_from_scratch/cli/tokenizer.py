@@ -14,15 +14,19 @@ from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.core.json_files import read_json
 
 if TYPE_CHECKING:
+    from llm_from_scratch.text.compare import Comparison
     from llm_from_scratch.text.tokenizer import Tokenizer
 
 DEFAULT_SIZE = 8192
+KINDS = ("bpe", "unigram", "wordpiece", "char")
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"}
 COLOURS = ("on #264653", "on #5f3b0f", "on #1f4d2b", "on #4a2545")
 
 TRAIN_EXAMPLES = """examples:
   scratchlm tokenizer train --data books/ --vocab_size 8192 --out tokenizers/books
   scratchlm tokenizer train --data aozora.zip --language ja --vocab_size 16384 --out tokenizers/ja
+  scratchlm tokenizer train --data aozora.zip --language ja --kind unigram --out tokenizers/uni
+  scratchlm tokenizer train --data books/ --kind wordpiece --out tokenizers/bert
   scratchlm tokenizer train --data input.txt --kind char --special --out tokenizers/char
   scratchlm tokenizer train --data chats.jsonl --data.text_field content --vocab_size 4096 \\
       --out tokenizers/chat --special '<|endoftext|>' '<|im_start|>' '<|im_end|>'
@@ -34,20 +38,29 @@ SHOW_EXAMPLES = """examples:
   scratchlm tokenizer show tokenizers/ja "名前はまだ無い。" --json
   scratchlm tokenizer show smollm2-135m --chat conversation.json
 """
+COMPARE_EXAMPLES = """examples:
+  scratchlm tokenizer compare tokenizers/books tokenizers/ja --text wagahai.txt
+  scratchlm tokenizer compare smollm2-135m tokenizers/ja tokenizer.model --text wagahai.txt
+  scratchlm tokenizer compare tokenizers/ja runs/ja --text books.zip --html compared.html
+  scratchlm tokenizer compare tokenizers/ja --text - --json < wagahai.txt
+"""
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declare the verb with its two parts, `train` and `show`."""
+    """Declare the verb with its parts, `train`, `show` and `compare`."""
     parser = subparsers.add_parser(
         "tokenizer",
         help="train a tokenizer, or see how one cuts a text",
         description="Train a tokenizer, or see how one cuts a text.",
-        epilog=TRAIN_EXAMPLES + SHOW_EXAMPLES.removeprefix("examples:\n"),
+        epilog=TRAIN_EXAMPLES
+        + SHOW_EXAMPLES.removeprefix("examples:\n")
+        + COMPARE_EXAMPLES.removeprefix("examples:\n"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parts = parser.add_subparsers(dest="part", required=True, metavar="train|show")
+    parts = parser.add_subparsers(dest="part", required=True, metavar="train|show|compare")
     _add_train(parts)
     _add_show(parts)
+    _add_compare(parts)
 
 
 def _add_train(parts: Any) -> None:
@@ -66,15 +79,15 @@ def _add_train(parts: Any) -> None:
         "--vocab_size",
         type=int,
         metavar="N",
-        help=f"entries, special tokens included (bpe: {DEFAULT_SIZE}; char: all that occur)",
+        help=f"entries, special tokens included (default: {DEFAULT_SIZE}; char: all that occur)",
     )
-    train.add_argument("--kind", choices=("bpe", "char"), default="bpe", help="default: bpe")
+    # Those of text/training.py, whose import would make --help slow.
+    train.add_argument("--kind", choices=KINDS, default="bpe", help="default: bpe")
     train.add_argument(
         "--special",
         nargs="*",
-        default=["<|endoftext|>"],
         metavar="TOKEN",
-        help="tokens that text never becomes (default: <|endoftext|>)",
+        help="tokens that text never becomes (default: <|endoftext|>; wordpiece: BERT's five)",
     )
     train.add_argument("--language", choices=("en", "ja"), default="en", help="default: en")
     train.add_argument(
@@ -82,7 +95,23 @@ def _add_train(parts: Any) -> None:
         type=int,
         default=2,
         metavar="N",
-        help="bpe: merge no pair that occurs less often (default: 2)",
+        help="no entry for a pair or substring that occurs less often (default: 2)",
+    )
+    train.add_argument(
+        "--character_coverage",
+        type=float,
+        metavar="SHARE",
+        help="unigram, wordpiece: of the text, in characters with an entry of their own",
+    )
+    train.add_argument(
+        "--no_byte_fallback",
+        action="store_true",
+        help="unigram: no entries for bytes; other characters are unknown, and lost",
+    )
+    train.add_argument(
+        "--keep_case",
+        action="store_true",
+        help="wordpiece: upper case and accents stay (with --language ja they always do)",
     )
     train.add_argument(
         "--no_unknown",
@@ -128,9 +157,34 @@ def _add_show(parts: Any) -> None:
     show.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _add_compare(parts: Any) -> None:
+    compare = parts.add_parser(
+        "compare",
+        help="several tokenizers beside each other on one text",
+        description="The tokens of a text's beginning in colours, and a table for all of it.",
+        epilog=COMPARE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compare.add_argument(
+        "models", metavar="MODEL", nargs="+", help="tokenizer folders or any MODEL"
+    )
+    compare.add_argument(
+        "--text", metavar="FILE", required=True, help="the text: any file that train reads, or -"
+    )
+    compare.add_argument(
+        "--characters",
+        type=int,
+        default=300,
+        metavar="N",
+        help="of the text to show as tokens (default: 300); all of it is counted",
+    )
+    compare.add_argument("--html", metavar="OUT", help="also write it all as an HTML page")
+    compare.add_argument("--json", action="store_true", help="print one JSON object")
+
+
 def run(args: argparse.Namespace) -> int:
     """Carry out the verb; returns the exit code."""
-    return train(args) if args.part == "train" else show(args)
+    return {"train": train, "show": show, "compare": compare}[args.part](args)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -141,7 +195,7 @@ def train(args: argparse.Namespace) -> int:
 
     line = LiveLine(quiet=args.json)
     size = args.vocab_size
-    if size is None and args.kind == "bpe":
+    if size is None and args.kind != "char":
         size = DEFAULT_SIZE
     out = writable_folder(args.out)  # before the work, not after it
     refuse_foreign_files(out)
@@ -160,6 +214,9 @@ def train(args: argparse.Namespace) -> int:
         language=args.language,
         min_count=args.min_count,
         unknown=not args.no_unknown,
+        character_coverage=args.character_coverage,
+        byte_fallback=not args.no_byte_fallback,
+        lowercase=False if args.keep_case else None,
         progress=progress,
     )
     seconds = time.perf_counter() - start
@@ -214,13 +271,14 @@ def gather(args: argparse.Namespace, say: Any) -> list[str]:
 
 def load_tokenizer(model: str) -> Tokenizer:
     """The tokenizer of a folder that has one, or of anything else that names a model."""
+    from llm_from_scratch.text.files import has_tokenizer
     from llm_from_scratch.text.tokenizer import Tokenizer
 
     path = Path(model).expanduser()
     for folder in (path, path / "model", path / "tokenizer"):
-        if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
+        if has_tokenizer(folder):
             return Tokenizer.load(folder)
-    if path.is_file() and path.suffix == ".json":
+    if path.is_file() and path.suffix in (".json", ".model", ".txt"):
         return Tokenizer.load(path)
     # Only here: this imports PyTorch, which takes longer than everything else together.
     from llm_from_scratch.weights.gguf import GGUF
@@ -228,9 +286,12 @@ def load_tokenizer(model: str) -> Tokenizer:
     from llm_from_scratch.weights.sources import locate
 
     found = locate(model)
-    if found.is_file():
-        return read_tokenizer(GGUF(found))
-    return Tokenizer.load(found)
+    if not found.is_file():
+        return Tokenizer.load(found)
+    inside = read_tokenizer(GGUF(found))
+    if inside is None:
+        raise UserError(f"{found} holds a model without a tokenizer: give one that has its own.")
+    return inside
 
 
 def show(args: argparse.Namespace) -> int:
@@ -289,3 +350,80 @@ def show_conversation(tokenizer: Tokenizer, file: str, *, as_json: bool) -> int:
     learned = sum(tokens.mask)
     print(f"{len(tokens.ids):,} tokens, {learned:,} of them learned (green, or in [[ ]]).")
     return 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Print what several tokenizers make of a text."""
+    from llm_from_scratch.core.files import write_aside
+    from llm_from_scratch.core.runlog import LiveLine
+    from llm_from_scratch.text.compare import as_json, page, pieces
+    from llm_from_scratch.text.compare import compare as count
+
+    line = LiveLine(quiet=args.json)
+    text = _text_to_compare(args.text)
+    excerpt = text[: max(args.characters, 0)]
+    start = time.perf_counter()
+    found, shown = [], []
+    for name in args.models:
+        tokenizer = load_tokenizer(name)
+
+        def progress(done: int, total: int, name: str = name) -> None:
+            if time.perf_counter() - start > 2:
+                line.show(f"{name}: {done:,} of {total:,} characters")
+
+        found.append(count(name, tokenizer, text, progress=progress))
+        shown.append(pieces(tokenizer, excerpt))
+    line.end()
+    if args.html:
+        with write_aside(args.html) as file:
+            file.write(page(f"Tokenizers on {Path(args.text).name}", found, shown))
+    if args.json:
+        rows = [as_json(one, tokens) for one, tokens in zip(found, shown, strict=True)]
+        size = {"characters": len(text), "bytes": len(text.encode())}
+        print(json.dumps({"text": args.text, **size, "tokenizers": rows}, ensure_ascii=False))
+        return 0
+    _print_compared(found, shown)
+    if args.html:
+        line.say(f"Written to {args.html}.")
+    return 0
+
+
+def _text_to_compare(file: str) -> str:
+    """All text of a file, whatever kind it is of."""
+    from llm_from_scratch.data.read import read_documents
+
+    if file == "-":
+        text = read_stdin()
+    else:
+        text = "\n".join(document.text for document in read_documents([file], on_bad="stop"))
+    if not text:
+        raise UserError(f"There is no text in {file} to compare tokenizers on: give another file.")
+    return text
+
+
+def _print_compared(found: list[Comparison], shown: list[list[dict[str, Any]]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from llm_from_scratch.text.compare import HEADS, short_names
+
+    console = Console(highlight=False, soft_wrap=True)
+    for comparison, tokens in zip(found, shown, strict=True):
+        if not tokens:
+            continue
+        line = Text(comparison.name + "\n", style="bold")
+        for number, token in enumerate(tokens):
+            piece = token["text"] if console.color_system else f"[{token['text']}]"
+            line.append(piece, style=f"not bold {COLOURS[number % len(COLOURS)]}")
+            if token["text"].endswith("\\n"):
+                line.append("\n")
+        console.print(line, end="\n\n")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, head in enumerate(HEADS.values()):
+        table.add_column(head, justify="right" if number else "left", overflow="fold")
+    names = short_names([comparison.name for comparison in found])
+    for name, comparison in zip(names, found, strict=True):
+        table.add_row(Text(name), *map(Text, comparison.row()[1:]))
+    console.print(table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import struct
 import zipfile
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from llm_from_scratch.train.pretrain import pretrain
@@ -85,6 +87,20 @@ def _models(folder: Path) -> None:
     def pickled(path: Path) -> None:
         (path / "model.safetensors").rename(path / "pytorch_model.bin")
 
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, ("sprung",)
+
+    def trapped(path: Path) -> None:
+        tensors = load_file(path / "model.safetensors")
+        (path / "model.safetensors").unlink()
+        torch.save({**tensors, "trap": Trap()}, path / "pytorch_model.bin")
+
+    def torn(path: Path) -> None:
+        torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+        (path / "model.safetensors").unlink()
+        _halve(path / "pytorch_model.bin")
+
     def wrong_shape(path: Path) -> None:
         tensors = load_file(path / "model.safetensors")
         tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
@@ -97,6 +113,8 @@ def _models(folder: Path) -> None:
 
     variant("cut-model", cut)
     variant("pickle-model", pickled)
+    variant("trap-model", trapped)
+    variant("torn-model", torn)
     variant("bent-model", wrong_shape)
     variant("lacking-model", lacking)
     variant("strange-model", fields(model_type="lama", architectures=["LamaForCausalLM"]))
@@ -122,7 +140,7 @@ def _models(folder: Path) -> None:
     variant("latin-model", written("chat_template.jinja", b"caf\xe9"))
     variant("nameless-model", written("tokenizer_config.json", b'{"chat_template": [{}]}'))
     variant("deep-model", written("config.json", b"[" * 200_000))
-    variant("long-model", fields(max_position_embeddings=1 << 24))
+    variant("long-model", fields(max_position_embeddings=1 << 32))
     variant("giant-model", giant_id)
     variant("doubling-model", with_template(doubling))
     variant("broken-config", lambda path: _halve(path / "config.json"))

@@ -55,6 +55,26 @@ def test_train_characters(corpus: Path, capsys: pytest.CaptureFixture[str]):
     assert result["characters"] == len(TEXT)
 
 
+def test_train_unigram(corpus: Path, capsys: pytest.CaptureFixture[str]):
+    tokenizer = train(corpus, "--kind", "unigram", "--vocab_size", "285", "--language", "ja")
+    assert (tokenizer.kind, tokenizer.vocab_size, tokenizer.eos_id) == ("unigram", 285, 0)
+    assert tokenizer.decode(tokenizer.encode(" 犬 <|unk|>\n")) == " 犬 <|unk|>\n"
+    assert "285 entries" in capsys.readouterr().err
+    flags = ["--no_byte_fallback", "--character_coverage", "0.8", "--vocab_size", "20"]
+    tokenizer = train(corpus, "--kind", "unigram", *flags)
+    assert tokenizer.unk_id in tokenizer.encode("犬")
+
+
+def test_train_wordpiece(corpus: Path):
+    tokenizer = train(corpus, "--kind", "wordpiece", "--vocab_size", "32")
+    assert (tokenizer.kind, tokenizer.vocab_size) == ("wordpiece", 32)
+    assert list(tokenizer.special_tokens) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert tokenizer.decode(tokenizer.encode("The cat sat.")) == "the cat sat."
+    tokenizer = train(corpus, "--kind", "wordpiece", "--keep_case", "--special", "<|endoftext|>")
+    assert tokenizer.decode(tokenizer.encode("The cat sat.")) == "The cat sat."
+    assert tokenizer.eos_id == 0
+
+
 def test_train_with_special_tokens(corpus: Path):
     flags = ["--special", "<s>", "</s>", "<pad>", "--vocab_size", "270", "--min_count", "3"]
     tokenizer = train(corpus, *flags)
@@ -151,7 +171,7 @@ def test_broken_rows_and_other_fields(tmp_path: Path, capsys: pytest.CaptureFixt
         (["tokenizer", "train", "--data", "nowhere", "--out", "o"], "nowhere does not exist"),
         (
             ["tokenizer", "train", "--data", ".", "--out", "o", "--kind", "word"],
-            "it must be bpe or char",
+            "it must be bpe, unigram, wordpiece or char",
         ),
         (["tokenizer", "show", "nowhere", "text"], "no model 'nowhere'"),
     ],
