@@ -23,6 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 SOURCES = {
     "tinyshakespeare/input.txt": "karpathy/char-rnn: data/tinyshakespeare/input.txt",
     "aozora/aozora_clean.jsonl.gz": "aozorahack/aozorabunko_text (425 works, cleaned)",
+    "gutenberg/carroll-alice.txt": "teropa/nlp: resources/corpora/gutenberg/carroll-alice.txt",
     "bpe-reference/corpus.en": "stanford-cs336/assignment1-basics: tests/fixtures/corpus.en",
 }
 

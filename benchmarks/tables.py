@@ -135,6 +135,36 @@ def bpe(data: Row, ja: bool) -> str:
     return f"{table(head, rows)}\n\n{machine(data, ja)}"
 
 
+def unigram(data: Row, ja: bool) -> str:
+    found = data["results"]
+    head = (
+        ["トレーナー", "秒", "取り分けた文章のバイト／トークン", "比"]
+        if ja
+        else ["trainer", "s", "bytes per token, held out", "ratio"]
+    )
+    names = {
+        "sentencepiece": f"sentencepiece {data['peers']['sentencepiece']}",
+        "ours": "本実装" if ja else "ours",
+        "ours, their cuts": "本実装、sentencepiece と同じ区切り"
+        if ja
+        else "ours, words cut as sentencepiece does",
+    }
+    rows = [
+        [
+            text, f"{found['median_seconds'][who]:.1f}", f"{found['bytes_per_token'][who]:.3f}",
+            f"{found['bytes_per_token_over_sentencepiece'][who]:.3f}",
+        ]
+        for who, text in names.items()
+    ]  # fmt: skip
+    threads = found["sentencepiece_threads"]
+    text = (
+        f"{found['vocab_size']:,} 項目。sentencepiece は {threads} スレッド、本実装は 1 スレッド。"
+        if ja
+        else f"{found['vocab_size']:,} entries; sentencepiece on {threads} threads, ours on one."
+    )
+    return f"{table(head, rows)}\n\n{text}\n{machine(data, ja)}"
+
+
 def first_token(data: Row, ja: bool) -> str:
     head = (
         ["スレッド", "最初のトークンまで（秒）"] if ja else ["threads", "command to first token, s"]
@@ -145,12 +175,71 @@ def first_token(data: Row, ja: bool) -> str:
     return f"{table(head, rows)}\n\n{said}\n{machine(data, ja)}"
 
 
+def gguf_parity(data: Row, ja: bool) -> str:
+    found = data["results"]
+    head = (
+        ["形式", "バイト", "最有力トークンの一致", "KL（nats）", "fp32 との KL（nats）"]
+        if ja
+        else ["kind", "bytes", "same likeliest token", "KL, nats", "KL to fp32, nats"]
+    )
+    rows = [
+        [
+            kind, f"{r['bytes']:,}", f"{r['top1_agreement']:.1%}", f"{r['mean_kl']:.1e}",
+            f"{r['mean_kl_to_fp32']:.1e}",
+        ]
+        for kind, r in found["formats"].items()
+    ]  # fmt: skip
+    same = sum(r["theirs"] == r["ours"] for r in found["greedy"])
+    tokens, peer = len(found["greedy"][0]["ours"]), data["peers"]["llama_cpp_python"]
+    if ja:
+        text = (
+            f"貪欲な {tokens} トークン（F32）: {len(found['greedy'])} 個のプロンプトのうち {same} "
+            f"個で一致。比較相手: llama-cpp-python {peer}。最後の列は、同じファイルを読んだ "
+            "llama.cpp と、書き出す前の fp32 のモデルとの差。"
+        )
+    else:
+        text = (
+            f"{tokens} greedy tokens (F32): the same after {same} of {len(found['greedy'])} "
+            f"prompts. Peer: llama-cpp-python {peer}. The last column is how far llama.cpp on the "
+            "file is from the model in fp32 before it was written."
+        )
+    return f"{table(head, rows)}\n\n{text}\n{machine(data, ja)}"
+
+
+EXPERT_CASES = {
+    "one token": "1 トークン",
+    "eight tokens": "8 トークン",
+    "reading 512 tokens": "512 トークンの読み取り",
+    "training step, 8 experts": "学習の一ステップ、エキスパート 8 個",
+    "training step, 64 experts": "学習の一ステップ、エキスパート 64 個",
+}
+
+
+def experts(data: Row, ja: bool) -> str:
+    peers = ("eager", "batched_mm", "grouped_mm")
+    head = ["場合", "本プロジェクト（ms）"] if ja else ["case", "ours, ms"]
+    head += [f"transformers {peer}{'（ms）' if ja else ', ms'}" for peer in peers]
+    head.append("最良の相手との比" if ja else "ours / best peer")
+    rows = []
+    for name, r in data["results"]["layers"].items():
+        medians = r["median_seconds"]
+        times = [medians.get(kind) for kind in ("ours", *(f"transformers {p}" for p in peers))]
+        cells = ["-" if t is None else f"{1e3 * t:.2f}" for t in times]
+        rows.append(
+            [EXPERT_CASES[name] if ja else name, *cells, f"{r['ours_over_best_peer']:.2f}x"]
+        )
+    return f"{table(head, rows)}\n\n{machine(data, ja)}"
+
+
 MAKERS: dict[str, tuple[str, Callable[[Row, bool], str]]] = {
     "quickstart": ("quickstart", quickstart),
     "train_speed": ("train_speed", train_speed),
     "tinyshakespeare": ("tinyshakespeare", tinyshakespeare),
     "bpe": ("bpe_training", bpe),
+    "unigram": ("unigram_training", unigram),
     "first_token": ("first_token", first_token),
+    "gguf_parity": ("gguf_parity", gguf_parity),
+    "experts": ("experts", experts),
 }
 
 
