@@ -19,6 +19,8 @@ from llm_from_scratch.text.tokenizer import Tokenizer
 from tests.text.families import BERT_TOKENS, KINDS, ODD, TEXT, Kind, words
 from tests.text.test_tokenizer_formats import texts_under
 
+# `transformers` recommends a normaliser for Marian that nobody asks for.
+pytestmark = pytest.mark.filterwarnings("ignore:Recommended")
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 Made = Callable[[str], tuple[Path, Tokenizer, Any]]
 
