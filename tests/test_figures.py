@@ -36,6 +36,8 @@ def test_pages_show_the_committed_figures(page: Path, tables: ModuleType) -> Non
     assert tables.filled(text, ja) == text, "run: python benchmarks/tables.py"
     places = len(re.findall(r"<!-- figures:", text))
     assert text.count("<!-- /figures -->") == places, "a place without figures"
+    empty = re.findall(r"<!-- figures:(\w+) -->\s*<!-- /figures -->", text)
+    assert empty == [], "measure, then run: python benchmarks/tables.py"
 
 
 def test_every_result_says_where_it_comes_from() -> None:

@@ -22,6 +22,7 @@ EXAMPLES = """\
 examples:
   scratchlm generate runs/quickstart "def read_"
   scratchlm generate smollm2-135m "What is the capital of France?" --chat
+  scratchlm generate t5-small/ "translate English to German: The house is wonderful."
   scratchlm generate gpt2/ "Once upon a time" --temperature 0.8 --top_p 0.95 --seed 1
   scratchlm generate model.gguf "1, 2, 3," --temperature 0 --stop "\\n" --json
   echo "Dear diary" | scratchlm generate runs/mine -

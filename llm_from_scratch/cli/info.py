@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -79,11 +81,14 @@ def draw(found: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     console.width = max(console.width, 80)  # narrower, the tables could not be read
-    _title(console, found)
-    _parameters(console, found)
-    _flops(console, found)
-    _memory(console, found)
-    _machine(console, found)
+    with console.capture() as captured:
+        _title(console, found)
+        _parameters(console, found)
+        _flops(console, found)
+        _memory(console, found)
+        _machine(console, found)
+    # Tables fill their cells with spaces, which are of no use at the end of a line.
+    print(re.sub(r" +((?:\x1b\[[\d;]*m)*)$", r"\1", captured.get(), flags=re.M), end="")
 
 
 # --- the parts -----------------------------------------------------------------------------------
@@ -95,17 +100,24 @@ def _title(console: Console, found: dict[str, Any]) -> None:
     config = found["config"]
     stacks = {k: config[k] for k in ("encoder", "decoder") if k in config} or {"": config}
     shapes = [
-        f"{name} {s['n_layers']} blocks of width {s['d_model']:,}, {s['n_heads']} heads".strip()
-        + (f" on {s['n_kv_heads']} keys" if s["n_kv_heads"] != s["n_heads"] else "")
+        f"{name} {s['n_layers']} blocks of width {s['d_model']:,}, {_heads(s)}".strip()
         for name, s in stacks.items()
     ]
     vocab_size = list(stacks.values())[-1]["vocab_size"]
     head = f" with a head for {found['head'].replace('_', ' ')}" if found["head"] else ""
     stored = found["stored"]
-    size = f", {stored['form'] or ''} {human_bytes(stored['bytes'])}" if stored["bytes"] else ""
+    form = f"{stored['form']} " if stored["form"] else ""
+    size = f", {form}{human_bytes(stored['bytes'])}" if stored["bytes"] else ""
     _say(console, f"{found['model']}: {found['family']}, {found['kind']}{head}", style="bold")
     _say(console, f"{'; '.join(shapes)}; a vocabulary of {vocab_size:,}")
     _say(console, f"read from {found['source']}{size}; no weight was loaded", style="dim")
+
+
+def _heads(stack: dict[str, Any]) -> str:
+    heads, shared = stack["n_heads"], stack["n_kv_heads"]
+    if shared == heads:
+        return f"{heads} heads"
+    return f"{heads} query heads, {shared} key-value head{'s' * (shared > 1)}"
 
 
 def _parameters(console: Console, found: dict[str, Any]) -> None:
@@ -148,11 +160,10 @@ def _flops(console: Console, found: dict[str, Any]) -> None:
     console.print(table)
     hidden = found["flops"]["prefill"]["hidden"]
     if hidden > 0.005:
-        _say(
+        _note(
             console,
             f"  {hidden:.0%} of attention's products in a {reading} lie behind a mask or window; "
             "they are carried out and counted all the same.",
-            style="dim",
         )
 
 
@@ -206,17 +217,19 @@ def _machine(console: Console, found: dict[str, Any]) -> None:
         total = found[name]["total"]
         verdict = "fits" if total * machine["slack"] <= machine["free"] else "does not fit"
         if most["batch"]:
-            batches = f"{asked['context']:,} tokens fit up to {most['batch']:,} at once *"
+            texts = "text" if most["batch"] == 1 else "texts"
+            fit = "fits" if most["batch"] == 1 else "fit at once"
+            batches = f"up to {most['batch']:,} {texts} of {asked['context']:,} tokens {fit} *"
         elif most["context"]:
             batches = f"alone, a text fits up to {most['context']:,} tokens *"
         else:
             batches = "not even one token of it fits *"
         _say(console, f"  {name:<10} {human_bytes(total)} {verdict}; {batches}")
-    _say(
+    console.print()
+    _note(
         console,
-        "\n* estimated. All other figures are exact, or counted tensor by tensor. To fit, there "
+        "* estimated. All other figures are exact, or counted tensor by tensor. To fit, there "
         f"must be {machine['slack'] - 1:.0%} more than that, for what allocators leave unused.",
-        "dim",
     )
 
 
@@ -226,7 +239,7 @@ def _machine(console: Console, found: dict[str, Any]) -> None:
 def human(count: float) -> str:
     """1234567 -> '1.23 M', for FLOPs."""
     for unit in ("", " k", " M", " G", " T", " P"):
-        if abs(count) < 1000:
+        if abs(count) < 999.5:  # above, three digits would be 1e+03
             return f"{count:.3g}{unit}"
         count /= 1000
     return f"{count:.3g} E"
@@ -238,6 +251,11 @@ def _heading(text: str) -> str:
 
 def _say(console: Console, text: str, style: str | None = None) -> None:
     console.print(text, style=style, soft_wrap=True, markup="[bold]" in text)
+
+
+def _note(console: Console, text: str) -> None:
+    width = min(console.width, 100)
+    _say(console, textwrap.fill(text, width, subsequent_indent="  "), "dim")
 
 
 def _chart(

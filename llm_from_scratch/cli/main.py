@@ -60,6 +60,17 @@ def split_settings(arguments: list[str]) -> tuple[list[str], list[str]]:
     return plain, settings
 
 
+def refuse_empty(args: argparse.Namespace) -> None:
+    """Refuse an empty name, such as one from an unset variable: it would be the current folder."""
+    for name in ("model", "models", "data", "text", "out", "html", "config"):
+        value = getattr(args, name, None)
+        if value == "" or (isinstance(value, list) and "" in value):
+            if name == "text" and args.part == "show":
+                continue  # a text and no name
+            flag = "MODEL" if name.startswith("model") else f"--{name}"
+            raise UserError(f"{flag} is empty; give a name, or leave it out for the default.")
+
+
 def run(arguments: list[str]) -> int:
     """Run one command line (without the program's name); returns the exit code."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -81,6 +92,7 @@ def run(arguments: list[str]) -> int:
     module.add_parser(parser.add_subparsers(parser_class=Parser))
     args: argparse.Namespace = parser.parse_args([verb, *rest])
     args.settings = settings
+    refuse_empty(args)
     return int(module.run(args))
 
 

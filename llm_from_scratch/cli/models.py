@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from textwrap import fill
 from typing import Any
 
 KINDS = ("decoder", "encoder", "encoder-decoder")
@@ -26,6 +27,7 @@ def listing() -> dict[str, Any]:
     from llm_from_scratch.model.presets import PRESETS
     from llm_from_scratch.weights.catalogue import CATALOGUE, local_path
     from llm_from_scratch.weights.families import FAMILIES
+    from llm_from_scratch.weights.gguf_architectures import ARCHITECTURES
 
     models = []
     for name, package in CATALOGUE.items():
@@ -48,12 +50,11 @@ def listing() -> dict[str, Any]:
         for f in FAMILIES.values()
     ]
     presets = [{"name": name, "family": family} for name, (family, _) in PRESETS.items()]
-    return {"models": models, "families": families, "presets": presets}
+    gguf = [{"name": a.name, "family": a.family} for a in ARCHITECTURES.values()]
+    return {"models": models, "families": families, "gguf": gguf, "presets": presets}
 
 
 def run(args: argparse.Namespace) -> int:
-    from llm_from_scratch.core.files import human_bytes
-
     found = listing()
     if args.json:
         print(json.dumps(found, indent=2))
@@ -63,12 +64,13 @@ def run(args: argparse.Namespace) -> int:
         state = "here" if model["pulled"] else f"not yet: scratchlm pull {model['name']}"
         print(
             f"  {model['name']:<16} {model['kind']}: {model['title']}, "
-            f"{human_bytes(model['bytes'])}, {model['licence']} ({state})"
+            f"{model['bytes'] / 1e6:.0f} MB, {model['licence']} ({state})"
         )
     print("\nFamilies whose Hugging Face folders can be read and written:")
     for family in sorted(found["families"], key=lambda family: KINDS.index(family["kind"])):
         print(f"  {family['name']:<16} {family['kind']}: {family['title']}")
-    print("  GGUF files of the llama architecture can be read.")
+    print("\nGGUF architectures that can be read and written:")
+    print("  " + fill(", ".join(entry["name"] for entry in found["gguf"]), 98))
     print("\nSizes to train from scratch (--model.preset):")
     for preset in found["presets"]:
         print(f"  {preset['name']:<16} {preset['family']}")

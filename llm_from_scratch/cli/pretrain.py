@@ -21,6 +21,8 @@ EXAMPLES = """examples:
   scratchlm pretrain --data books/ --out runs/books
   scratchlm pretrain --data aozora.zip --data.language ja --tokenizer.vocab_size 8192 --out runs/ja
   scratchlm pretrain --data input.txt --tokenizer.kind char --model.depth 6 --out runs/char
+  scratchlm pretrain --data python --model.family qwen3_moe --model.n_experts 8 \\
+      --model.n_active 2 --out runs/experts
   scratchlm pretrain --config run.yaml --train.max_steps 500 --out runs/again
   scratchlm pretrain --out runs/books --resume
 

@@ -14,13 +14,19 @@ from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.core.json_files import read_json
 
 if TYPE_CHECKING:
-    from llm_from_scratch.text.compare import Comparison
     from llm_from_scratch.text.tokenizer import Tokenizer
 
 DEFAULT_SIZE = 8192
 KINDS = ("bpe", "unigram", "wordpiece", "char")
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"}
-COLOURS = ("on #264653", "on #5f3b0f", "on #1f4d2b", "on #4a2545")
+FILES = "tokenizer.json, *.model, *.spm, vocab.txt"
+# What a kind alone can do: its flag, and the kinds.
+FLAGS = {
+    "keep_case": ("wordpiece",),
+    "no_byte_fallback": ("unigram",),
+    "no_unknown": ("char",),
+    "character_coverage": ("unigram", "wordpiece"),
+}
 
 TRAIN_EXAMPLES = """examples:
   scratchlm tokenizer train --data books/ --vocab_size 8192 --out tokenizers/books
@@ -82,7 +88,14 @@ def _add_train(parts: Any) -> None:
         help=f"entries, special tokens included (default: {DEFAULT_SIZE}; char: all that occur)",
     )
     # Those of text/training.py, whose import would make --help slow.
-    train.add_argument("--kind", choices=KINDS, default="bpe", help="default: bpe")
+    train.add_argument(
+        "--kind",
+        choices=KINDS,
+        default="bpe",
+        help="bpe: pairs joined, down to bytes (GPT-2, Llama); unigram: pieces with probabilities "
+        "(T5, many Japanese models); wordpiece: BERT's, for encoders; char: a token for each "
+        "character (default: bpe)",
+    )
     train.add_argument(
         "--special",
         nargs="*",
@@ -144,7 +157,9 @@ def _add_show(parts: Any) -> None:
         epilog=SHOW_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    show.add_argument("model", metavar="MODEL", help="a tokenizer folder or any MODEL")
+    show.add_argument(
+        "model", metavar="MODEL", help=f"a tokenizer's folder or file ({FILES}), or any MODEL"
+    )
     show.add_argument(
         "text", metavar="TEXT", nargs="?", default="", help="the text; - reads standard input"
     )
@@ -166,7 +181,10 @@ def _add_compare(parts: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     compare.add_argument(
-        "models", metavar="MODEL", nargs="+", help="tokenizer folders or any MODEL"
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        help=f"tokenizers' folders or files ({FILES}), or any MODEL",
     )
     compare.add_argument(
         "--text", metavar="FILE", required=True, help="the text: any file that train reads, or -"
@@ -191,19 +209,24 @@ def train(args: argparse.Namespace) -> int:
     """Read the text, learn, save, say what came out."""
     from llm_from_scratch.core.files import writable_folder
     from llm_from_scratch.core.runlog import LiveLine
-    from llm_from_scratch.text.training import train_tokenizer
+    from llm_from_scratch.text.files import has_tokenizer
+    from llm_from_scratch.text.training import COUNTED, train_tokenizer
 
     line = LiveLine(quiet=args.json)
     size = args.vocab_size
+    refuse_idle_flags(args)
     if size is None and args.kind != "char":
         size = DEFAULT_SIZE
     out = writable_folder(args.out)  # before the work, not after it
     refuse_foreign_files(out)
+    replaces = has_tokenizer(out)
     texts = gather(args, line.say)
     characters = sum(map(len, texts))
 
     def progress(what: str, done: int, total: int) -> None:
-        line.show(f"{what}: {done:,} of {total or characters:,}")
+        total = total or characters
+        text = f"{what}: {done:,} of {total:,} {COUNTED.get(what, '')}".rstrip()
+        line.show(text, force=done >= total)
 
     start = time.perf_counter()
     tokenizer = train_tokenizer(
@@ -230,18 +253,43 @@ def train(args: argparse.Namespace) -> int:
         "seconds": round(seconds, 3),
         "characters": characters,
         "bytes_per_token": round(sum(len(text.encode()) for text in sample) / max(tokens, 1), 3),
+        "replaced": replaces,
     }
+    if args.kind == "char":
+        result["characters_without_entry"] = len(set().union(*texts) - {*tokenizer.tokens})
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
         return 0
-    line.say(
-        f"{tokenizer.vocab_size:,} entries from {characters:,} characters in {seconds:.1f} s; "
-        f"{result['bytes_per_token']:.2f} bytes per token on the same text."
-    )
-    if size and tokenizer.vocab_size < size:
-        line.say(f"Fewer than the {size:,} asked for: the text has no more to give.")
-    line.say(f"Saved in {args.out}. Look at it: scratchlm tokenizer show {args.out} TEXT")
+    report(result, size, line.say)
     return 0
+
+
+def report(result: dict[str, Any], size: int | None, say: Any) -> None:
+    """What a person wants to know of a vocabulary that was learnt."""
+    entries, out = result["vocab_size"], result["out"]
+    say(
+        f"{entries:,} entries from {result['characters']:,} characters in "
+        f"{result['seconds']:.1f} s; {result['bytes_per_token']:.2f} bytes per token on the same "
+        "text."
+    )
+    if size and entries < size:
+        say(f"Fewer than the {size:,} asked for: the text has no more to give.")
+    if lost := result.get("characters_without_entry"):
+        say(
+            f"{lost:,} different characters of the text have no entry and become <|unk|>: a "
+            "larger --vocab_size has room for them."
+        )
+    saved = "The tokenizer there was replaced:" if result["replaced"] else "Saved in"
+    say(f"{saved} {out}. Look at it: scratchlm tokenizer show {out} TEXT")
+
+
+def refuse_idle_flags(args: argparse.Namespace) -> None:
+    """A flag that the kind has no use for would be a wish that is not heard."""
+    for name, kinds in FLAGS.items():
+        if getattr(args, name) not in (None, False) and args.kind not in kinds:
+            raise UserError(
+                f"--{name} is for --kind {' or '.join(kinds)}, not {args.kind}; leave it out."
+            )
 
 
 def refuse_foreign_files(out: Path) -> None:
@@ -278,7 +326,8 @@ def load_tokenizer(model: str) -> Tokenizer:
     for folder in (path, path / "model", path / "tokenizer"):
         if has_tokenizer(folder):
             return Tokenizer.load(folder)
-    if path.is_file() and path.suffix in (".json", ".model", ".txt"):
+    pieces = path.suffix in (".model", ".spm") or ".model." in path.name
+    if path.is_file() and (pieces or path.suffix in (".json", ".txt")):
         return Tokenizer.load(path)
     # Only here: this imports PyTorch, which takes longer than everything else together.
     from llm_from_scratch.weights.gguf import GGUF
@@ -313,19 +362,11 @@ def show(args: argparse.Namespace) -> int:
         return 0
 
     from rich.console import Console
-    from rich.text import Text
+
+    from llm_from_scratch.text.show import painted
 
     console = Console(highlight=False, soft_wrap=True)
-    line = Text()
-    for number, i in enumerate(ids):
-        piece = tokenizer.token_text(i)
-        # Where there is no colour, brackets say where a token begins and ends.
-        piece = piece if console.color_system else f"[{piece}]"
-        line.append(piece, style=COLOURS[number % len(COLOURS)])
-        line.append(f"{i} ", style="dim")
-        if piece.endswith(("\\n", "\\n]")):
-            line.append("\n")
-    console.print(line)
+    console.print(painted([(tokenizer.token_text(i), i) for i in ids], console.color_system))
     console.print(
         f"{len(ids):,} tokens, {len(text):,} characters, {size:,} bytes: "
         f"{size / max(len(ids), 1):.2f} bytes per token."
@@ -358,10 +399,15 @@ def compare(args: argparse.Namespace) -> int:
     from llm_from_scratch.core.runlog import LiveLine
     from llm_from_scratch.text.compare import as_json, page, pieces
     from llm_from_scratch.text.compare import compare as count
+    from llm_from_scratch.text.show import print_compared
 
     line = LiveLine(quiet=args.json)
+    if args.html and Path(args.html).is_dir():
+        raise UserError(f"{args.html} is a folder; --html names the page to write.")
+    if args.characters < 0:
+        raise UserError(f"--characters is {args.characters}; it must be at least 0.")
     text = _text_to_compare(args.text)
-    excerpt = text[: max(args.characters, 0)]
+    excerpt = text[: args.characters]
     start = time.perf_counter()
     found, shown = [], []
     for name in args.models:
@@ -369,7 +415,7 @@ def compare(args: argparse.Namespace) -> int:
 
         def progress(done: int, total: int, name: str = name) -> None:
             if time.perf_counter() - start > 2:
-                line.show(f"{name}: {done:,} of {total:,} characters")
+                line.show(f"{name}: {done:,} of {total:,} characters", force=done >= total)
 
         found.append(count(name, tokenizer, text, progress=progress))
         shown.append(pieces(tokenizer, excerpt))
@@ -382,7 +428,7 @@ def compare(args: argparse.Namespace) -> int:
         size = {"characters": len(text), "bytes": len(text.encode())}
         print(json.dumps({"text": args.text, **size, "tokenizers": rows}, ensure_ascii=False))
         return 0
-    _print_compared(found, shown)
+    print_compared(found, shown)
     if args.html:
         line.say(f"Written to {args.html}.")
     return 0
@@ -394,36 +440,10 @@ def _text_to_compare(file: str) -> str:
 
     if file == "-":
         text = read_stdin()
+    elif not Path(file).exists():
+        raise UserError(f"{file} does not exist; check the path given as --text.")
     else:
         text = "\n".join(document.text for document in read_documents([file], on_bad="stop"))
     if not text:
         raise UserError(f"There is no text in {file} to compare tokenizers on: give another file.")
     return text
-
-
-def _print_compared(found: list[Comparison], shown: list[list[dict[str, Any]]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from llm_from_scratch.text.compare import HEADS, short_names
-
-    console = Console(highlight=False, soft_wrap=True)
-    for comparison, tokens in zip(found, shown, strict=True):
-        if not tokens:
-            continue
-        line = Text(comparison.name + "\n", style="bold")
-        for number, token in enumerate(tokens):
-            piece = token["text"] if console.color_system else f"[{token['text']}]"
-            line.append(piece, style=f"not bold {COLOURS[number % len(COLOURS)]}")
-            if token["text"].endswith("\\n"):
-                line.append("\n")
-        console.print(line, end="\n\n")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, head in enumerate(HEADS.values()):
-        table.add_column(head, justify="right" if number else "left", overflow="fold")
-    names = short_names([comparison.name for comparison in found])
-    for name, comparison in zip(names, found, strict=True):
-        table.add_row(Text(name), *map(Text, comparison.row()[1:]))
-    console.print(table)

@@ -262,6 +262,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Flags are written out: an abbreviation would change its meaning with the next flag.
+        if kwargs.get("description"):  # the examples behind it are kept as they are, so it is not
+            kwargs["description"] = textwrap.fill(kwargs["description"], 79)
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> typing.NoReturn:

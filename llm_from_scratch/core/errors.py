@@ -8,6 +8,7 @@ Neither is shown with a traceback.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -17,6 +18,15 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """The work failed on its way; the message is one sentence and says what survived."""
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 80
+
+
+def shown(value: object) -> str:
+    """A value out of a file as it stands in a sentence, cut where it is long."""
+    return _short.repr(value)
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from llm_from_scratch.core.errors import UserError, nearest
 from llm_from_scratch.generate.sampling import SamplingSettings
 from llm_from_scratch.generate.tokens import Generation, NewToken, Writer, generate_tokens
 from llm_from_scratch.model.encoder_decoder import EncoderDecoder
+from llm_from_scratch.text.inputs import put_around
 from llm_from_scratch.text.stream import StreamDecoder
 from llm_from_scratch.text.tokenizer import Tokenizer
 
@@ -161,14 +162,7 @@ def make_settings(**settings: Any) -> SamplingSettings:
 
 def wants_bos(tokenizer: Tokenizer) -> bool:
     """Whether texts of this tokenizer begin with its bos token (as its model was trained)."""
-    if "add_bos_token" in tokenizer.config:
-        return bool(tokenizer.config["add_bos_token"])
-    processor = tokenizer.spec.get("post_processor") or {}
-    for part in processor.get("processors", [processor]):
-        first: dict[str, Any] = next(iter(part.get("single") or []), {})
-        if "SpecialToken" in first:
-            return tokenizer.token_id(first["SpecialToken"]["id"]) == tokenizer.bos_id
-    return False
+    return put_around(tokenizer)[0]
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:

@@ -45,7 +45,8 @@ def as_writer(model: nn.Module) -> Writer:
     if not isinstance(model, Decoder | EncoderDecoder):
         raise UserError(
             "This model reads text and writes none (it is an encoder, or has a head that labels): "
-            "give a decoder or an encoder-decoder."
+            "give a decoder or an encoder-decoder. "
+            "For embeddings: llm.load(MODEL, head='embedding')."
         )
     return model
 
@@ -190,10 +191,15 @@ class Generation:
         return {"encoded_bsm": encoded_bsm, "attention_mask": mask_bs}
 
     def _allowed(self, logits: Tensor, pair: EncoderDecoderConfig) -> Tensor:
-        """The logits without what the model never writes: padding, or more than there is room."""
+        """The logits without what the model never writes: padding, another beginning than the
+        one that is set, or more than there is room."""
         logits = logits.clone()
         if not pair.writes_start:
             logits[:, pair.start_id] = -math.inf
+        first = [i for i, row in enumerate(self.rows) if self.lengths[row] == 1]  # the start alone
+        if pair.first_id is not None and first:
+            logits[first] = -math.inf
+            logits[first, pair.first_id] = 0.0
         last = [i for i, row in enumerate(self.rows) if self.lengths[row] + 1 >= self.ends[row]]
         if pair.end_id is not None and last:
             logits[last] = -math.inf

@@ -52,7 +52,7 @@ class KVCache:
         """Cut each row to its length; used after a padded prompt, and to take tokens back."""
         self.lengths = lengths.to(self.lengths)
         values = self.lengths.tolist()
-        self.longest = max(values)
+        self.longest = max(values, default=0)
         self.length = values[0] if len(set(values)) == 1 else None
 
     def select(self, rows: Tensor) -> None:

@@ -15,6 +15,8 @@ RESIDUALS = ("pre", "post", "sandwich", "branch_end", "parallel")
 POSITIONS = ("rope", "learned", "sinusoidal", "none")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 SCALINGS = ("llama3", "linear", "yarn")
+# No published model has sizes beyond this; a broken file or a slip of the hand easily has.
+LARGEST_SIZE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,15 @@ class ExpertsConfig:
     """Weight of the load-balancing loss in training."""
     layers: tuple[int, ...] = ()
     """The numbers of the blocks that have experts."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_experts", "n_active", "d_ff"):
+            if getattr(self, name) < 1:
+                raise UserError(f"experts.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.n_active > self.n_experts:
+            raise UserError(
+                f"experts.n_active ({self.n_active}) is more than n_experts ({self.n_experts})."
+            )
 
 
 @dataclass(frozen=True)
@@ -144,6 +155,12 @@ class ModelConfig:
                 f"model.rope_theta is {self.rope_theta} and model.init_std {self.init_std}; "
                 "both must be above 0."
             )
+        if self.local_rope_theta is not None and self.local_rope_theta <= 0:
+            raise UserError(
+                f"model.local_rope_theta is {self.local_rope_theta}; it must be above 0."
+            )
+        if self.rope_theta == 1 and getattr(self.rope_scaling, "kind", None) == "yarn":
+            raise UserError("model.rope_theta is 1.0; with YaRN it must be another number.")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"model.dropout is {self.dropout}; it must be in [0, 1).")
         if self.window_layers and (self.window is None or self.window < 1):
@@ -184,6 +201,8 @@ class EncoderDecoderConfig:
     decoder: ModelConfig
     start_id: int
     """The token that every target begins with."""
+    first_id: int | None = None
+    """The token that a target is made to begin with, behind the start token (some BARTs)."""
     end_id: int | None = None
     """The token that a target of the greatest length is made to end with (BART, Marian)."""
     writes_start: bool = True
@@ -205,7 +224,8 @@ class EncoderDecoderConfig:
                 f"The encoder's vocab_size is {source.vocab_size}, the decoder's "
                 f"{target.vocab_size}; where the embeddings are shared they must be equal."
             )
-        for name, token in (("start_id", self.start_id), ("end_id", self.end_id)):
+        for name in ("start_id", "first_id", "end_id"):
+            token: int | None = getattr(self, name)
             if token is not None and not 0 <= token < target.vocab_size:
                 raise UserError(
                     f"{name} is {token}, but the decoder's vocabulary ends at "

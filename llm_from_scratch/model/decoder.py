@@ -122,6 +122,19 @@ class Stack(nn.Module):
         self.register_buffer("frequencies", plain, persistent=False)
         self.register_buffer("local_frequencies", local, persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Stack:
+        """What `.to`, `.bfloat16` and their kin do; frequencies move along, but stay in fp32.
+
+        Rounded to bf16 they would be wrong by whole turns some hundred positions on.
+        """
+        old = {name: self._buffers.get(name) for name in ("frequencies", "local_frequencies")}
+        super()._apply(fn, recurse)
+        for name, exact in old.items():
+            moved = self._buffers.get(name)
+            if exact is not None and moved is not None and moved.itemsize < exact.itemsize:
+                self._buffers[name] = exact.to(moved.device)
+        return self
+
     def embed(self, tokens_bt: Tensor, positions: Tensor, segments_bt: Tensor | None) -> Tensor:
         """What enters the first block: (b, t, m)."""
         config = self.config
@@ -175,9 +188,12 @@ class Stack(nn.Module):
     def initialise(self, seed: int) -> None:
         """Draw fresh weights: normal(0, init_std), and less for what writes into the residual.
 
-        The 2 * n_layers residual writes add up, so their variance is divided by that number
-        (Radford et al. 2019). Norms start at one, biases at zero.
+        The 2 * n_layers residual writes (3 * n_layers with cross-attention) add up, so their
+        variance is divided by that number (Radford et al. 2019). Norms start at one, biases at
+        zero.
         """
+        writes = (3 if self.config.cross_attention else 2) * self.config.n_layers
+        last = ("attention.o.weight", "cross.o.weight", "down.weight", "feed_forward.down")
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
@@ -185,10 +201,8 @@ class Stack(nn.Module):
                 parameter.fill_(1.0 if one else 0.0)
                 continue
             std = self.config.init_std
-            if name.endswith(
-                ("attention.o.weight", "feed_forward.down.weight", "feed_forward.down")
-            ):
-                std /= math.sqrt(2 * self.config.n_layers)
+            if name.endswith(last):
+                std /= math.sqrt(writes)
             drawn = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
             parameter.copy_(drawn)
 

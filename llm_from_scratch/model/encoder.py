@@ -53,6 +53,7 @@ class Encoder(Stack):
         with torch.no_grad():
             self.pooler.weight.copy_(drawn * self.config.init_std)
             self.pooler.bias.zero_()
+        self.pooler.to(self.embedding.weight)  # device and precision of the others
 
     def drop_pooler(self) -> None:
         """Take the pooler away, if there is one."""

@@ -32,7 +32,7 @@ class EncoderDecoder(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype | None:
         """The precision of the activations of both stacks; None means that of the weights."""
-        return self.decoder.compute_dtype
+        return self.encoder.compute_dtype  # the decoder may be gone: see `tie`
 
     @compute_dtype.setter
     def compute_dtype(self, dtype: torch.dtype | None) -> None:

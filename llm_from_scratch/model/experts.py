@@ -95,7 +95,7 @@ class Experts(nn.Module):
             if counts[e]  # nobody came: nothing is computed
         ]
         weight_v = routing.weights.flatten()[order].to(x_nm.dtype)
-        y_vm = torch.cat(done) * weight_v[:, None]
+        y_vm = (torch.cat(done) if done else x_nm[:0]) * weight_v[:, None]
         return torch.zeros_like(x_nm).index_add_(0, token_v, y_vm).view_as(x_btm)
 
     def by_expert(self) -> list[Sequence[Tensor] | Tensor]:
@@ -110,8 +110,8 @@ class Experts(nn.Module):
     def feed_forward(self, x_vm: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         """One expert's work for those who came to it: (v, m) -> (v, m)."""
         gate, up, down = (weight.to(x_vm.dtype) for weight in (gate, up, down))
-        bent = activate(F.linear(x_vm, gate), self.config.activation)
-        return F.linear(bent * F.linear(x_vm, up), down)
+        gated = activate(F.linear(x_vm, gate), self.config.activation)
+        return F.linear(gated * F.linear(x_vm, up), down)
 
 
 def mix_by_hand(experts: Experts, x_btm: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 A head wraps a backbone (`Decoder`, `Encoder` or `EncoderDecoder`) and leaves its code alone. All
 heads that give scores are one sequence of parts, of which a `HeadStyle` says which are there:
 
-    states -> pool -> dropout -> dense -> bend -> norm -> dropout -> last matrix -> scores
+    states -> pool -> dropout -> dense -> activation -> norm -> dropout -> last matrix -> scores
 
 BERT's classifier, RoBERTa's, the single matrix on top of a Llama and the layers before a masked
 language model's vocabulary differ in nothing but their style.
@@ -42,7 +42,7 @@ class HeadStyle:
     dense: bool = False
     dense_bias: bool = True
     activation: str | None = None
-    """The bend behind the dense layer; None: the backbone's own."""
+    """The activation behind the dense layer; None: the backbone's own."""
     norm: bool = False
     bias: bool = True
     """Whether the last matrix has a bias."""
@@ -114,6 +114,15 @@ class Head(nn.Module):
     def config(self) -> ModelConfig | EncoderDecoderConfig:
         """The backbone's config."""
         return self.backbone.config
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The precision of the activations; None means that of the weights."""
+        return self.backbone.compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype | None) -> None:
+        self.backbone.compute_dtype = dtype
 
     @property
     def stack(self) -> ModelConfig:

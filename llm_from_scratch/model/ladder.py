@@ -128,13 +128,18 @@ def sliding_heads(x_btm: Tensor, weights: HeadWeights, may_look: Tensor, width: 
 
 
 def in_full(
-    attention: Attention, x_btm: Tensor, may_look: Tensor, cos_sin: Tensor | None = None
+    attention: Attention,
+    x_btm: Tensor,
+    may_look: Tensor,
+    cos_sin: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All that `Attention` does: its output (b, t, m), and who looked at whom, (b, h, t, s).
 
     Biases, norms on queries and keys (which keep scores from growing in training), rotary angles
-    `cos_sin` (which make scores depend on distance), another scale, and a soft-cap, which bends
-    scores into (-cap, cap), so that no key can take everything.
+    `cos_sin` or a `bias` on the scores (1 or b, h, t, s), which make them depend on distance,
+    another scale, and a soft-cap, which presses scores into (-cap, cap), so that no key can take
+    everything.
     """
     config = attention.config
     q_bhtd, k_bksd = attention.queries_keys(x_btm)
@@ -147,6 +152,8 @@ def in_full(
         scores_bts = q_bhtd[:, h] @ k_bksd[:, h // group].transpose(1, 2) * attention.scale
         if config.attention_softcap is not None:
             scores_bts = (scores_bts / config.attention_softcap).tanh() * config.attention_softcap
+        if bias is not None:
+            scores_bts = scores_bts + bias[:, h]
         looked.append(scores_bts.masked_fill(~may_look, -math.inf).softmax(-1))
         taken.append(looked[-1] @ v_bksd[:, h // group])
     return attention.o(torch.cat(taken, -1)), torch.stack(looked, 1)
@@ -165,9 +172,10 @@ def who_looks_at_whom(model: Stack, tokens_bt: Tensor) -> list[Tensor]:
         mask, causal, cos_sin = sight.of(attention.window)
         t = x_btm.shape[1]
         may_look = backwards(t) if causal else torch.ones(t, t, dtype=torch.bool)
-        if mask is not None:
+        bias = mask if sight.bias is not None else None  # with -infinity where nothing is seen
+        if mask is not None and bias is None:
             may_look = mask[:, 0] if mask.dim() == 4 else mask
-        seen.append(in_full(attention, x_btm, may_look.to(x_btm.device), cos_sin)[1])
+        seen.append(in_full(attention, x_btm, may_look.to(x_btm.device), cos_sin, bias)[1])
 
     layers = [part for part in model.modules() if isinstance(part, Attention)]
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]

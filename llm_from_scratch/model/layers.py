@@ -97,8 +97,9 @@ class Attention(nn.Module):
 
     def split(self, x_btm: Tensor) -> Tensor:
         """(b, t, heads * d) -> (b, heads, t, d)."""
-        b, t, _ = x_btm.shape
-        return x_btm.view(b, t, -1, self.config.head_dim).transpose(1, 2)
+        b, t, width = x_btm.shape  # -1 for the heads would fail without rows
+        d = self.config.head_dim
+        return x_btm.view(b, t, width // d, d).transpose(1, 2)
 
     def queries_keys(self, x_btm: Tensor) -> tuple[Tensor, Tensor]:
         """(b, h, t, d) and (b, k, t, d), normed where the config says so."""
@@ -140,7 +141,7 @@ class Attention(nn.Module):
             y_bhtd = attend(
                 q_bhtd, k_bksd, v_bksd, mask, causal=causal, scale=self.scale, dropout=dropout
             )
-        else:  # no kernel bends the scores
+        else:  # no kernel caps the scores
             group = q_bhtd.shape[1] // k_bksd.shape[1]
             k_bksd, v_bksd = (x.repeat_interleave(group, dim=1) for x in (k_bksd, v_bksd))
             if causal:
@@ -153,7 +154,7 @@ class Attention(nn.Module):
 
 
 def activate(x: Tensor, name: str) -> Tensor:
-    """The bend between two matrices, by its name in a config."""
+    """The activation between two matrices, by its name in a config."""
     match name:
         case "silu":
             return F.silu(x)
@@ -167,7 +168,7 @@ def activate(x: Tensor, name: str) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """Each position on its own: widen, bend, narrow.
+    """Each position on its own: widen, activate, narrow.
 
     Gated (SwiGLU and its kin, arXiv:2002.05202): down(activation(gate(x)) * up(x)); otherwise
     down(activation(up(x))).

@@ -25,6 +25,7 @@ from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.model.config import ModelConfig
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.layers import Linear
+from llm_from_scratch.model.positions import doubled
 from llm_from_scratch.model.surgery import rebuild
 
 Batches = Iterable[Tensor]
@@ -69,7 +70,7 @@ def constant_directions(
     sums: dict[str, Tensor] = {}
 
     def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x_ni = inputs[0].flatten(0, -2).double()
+        x_ni = doubled(inputs[0].flatten(0, -2))
         squares[name] = squares.get(name, 0) + x_ni.T @ x_ni
         sums[name] = sums.get(name, 0) + x_ni.sum(0)
 
@@ -98,7 +99,8 @@ def constant_directions(
 
 def absorbed(weight_oi: Tensor, bias_o: Tensor, w_i: Tensor) -> Tensor:
     """W + b w^T."""
-    return (weight_oi.double() + torch.outer(bias_o.double(), w_i)).to(weight_oi.dtype)
+    more_oi = torch.outer(doubled(bias_o), doubled(w_i))
+    return (doubled(weight_oi) + more_oi).to(weight_oi)
 
 
 # --- the steps -----------------------------------------------------------------------------------

@@ -79,6 +79,11 @@ def rotate(x_bhtd: Tensor, cos_sin: Tensor) -> Tensor:
     return x_bhtd * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+def doubled(x: Tensor) -> Tensor:
+    """x in double precision, on the CPU if its device has none (Apple's GPUs)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def sinusoidal_positions(positions: Tensor, d_model: int) -> Tensor:
     """The fixed vectors (..., d_model) of Attention Is All You Need (arXiv:1706.03762, 3.5).
 
@@ -87,9 +92,11 @@ def sinusoidal_positions(positions: Tensor, d_model: int) -> Tensor:
     features; this order is Marian's.)
     """
     # In double precision, as the stored tables of others were computed.
-    pair = torch.arange(d_model, device=positions.device).double() // 2 * 2
-    angle = positions[..., None].double() / 10_000.0 ** (pair / d_model)
-    return torch.cat([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).float()
+    places = doubled(positions)
+    pair = torch.arange(d_model, device=places.device).double() // 2 * 2
+    angle = places[..., None] / 10_000.0 ** (pair / d_model)
+    table = torch.cat([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1)
+    return table.float().to(positions.device)
 
 
 def relative_buckets(distances: Tensor, config: ModelConfig) -> Tensor:

@@ -233,8 +233,6 @@ def _experts(settings: ModelSettings, family: str, d_ff: int, n: int) -> Experts
                 )
         return None
     e, active = settings.n_experts or 8, settings.n_active or 2
-    if active > e:
-        raise UserError(f"model.n_active ({active}) is more than model.n_experts ({e}).")
     balance = 0.01 if settings.balance is None else settings.balance
     if not 0 <= balance < math.inf:
         raise UserError(f"model.balance is {balance}; it must be a number that is not negative.")

@@ -52,7 +52,7 @@ class RouterReport:
 
     def __str__(self) -> str:
         l, e = self.visits_le.shape
-        head = "layer  least    most  unused  evenness  choice"
+        head = "layer  least    most  unused  evenness  doubt, bits"
         lines = [
             f"{self.tokens:,} tokens to {self.n_active} of {e} experts each in {l} layers, "
             f"{self.dropped} visits dropped; an even share is {1 / e:.1%}",
@@ -63,7 +63,7 @@ class RouterReport:
         ):
             line = (
                 f"{layer:5}  {share.min():5.1%}  {share.max():6.1%}  {int((share == 0).sum()):6}  "
-                f"{even:8.3f}  {choice:6.2f}"
+                f"{even:8.3f}  {choice:11.2f}"
             )
             if e <= WIDEST:
                 line += "  " + " ".join(f"{100 * part:.0f}" for part in share)
@@ -88,18 +88,20 @@ def router_report(
     choice_l = torch.zeros(len(experts), dtype=torch.float64)
     tokens = 0
     training = model.training
-    model.eval()
-    for batch in batches:
-        ids, mask = batch if isinstance(batch, tuple) else (batch, None)
-        model.hidden(ids, document_ids_bt=mask)
-        kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        tokens += int(kept.sum())
-        for number, routing in enumerate(routings(model)):
-            chosen = routing.chosen[kept].flatten().cpu()
-            visits_le[number] += chosen.bincount(minlength=settings.n_experts)
-            entropy = torch.special.entr(routing.probabilities[kept]).sum() / math.log(2)
-            choice_l[number] += entropy.cpu()
-    model.train(training)
+    try:
+        model.eval()
+        for batch in batches:
+            ids, mask = batch if isinstance(batch, tuple) else (batch, None)
+            model.hidden(ids, document_ids_bt=mask)
+            kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+            tokens += int(kept.sum())
+            for number, routing in enumerate(routings(model)):
+                chosen = routing.chosen[kept].flatten().cpu()
+                visits_le[number] += chosen.bincount(minlength=settings.n_experts)
+                entropy = torch.special.entr(routing.probabilities[kept]).sum() / math.log(2)
+                choice_l[number] += entropy.cpu()
+    finally:
+        model.train(training)
     if tokens == 0:
         raise UserError("There is no token to report the routers' choices of: give some text.")
     layers = tuple(sorted(settings.layers))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.model.cache import KVCache
 from llm_from_scratch.model.config import ModelConfig
 
@@ -63,9 +64,15 @@ def look(
 
     `documents_bt` numbers the documents packed into each row: tokens see only their own, whose
     positions count from 0. Padding is such a document. No mask is built where the kernel can do
-    without one; that is the fast path.
+    without one; that is the fast path. Raises `UserError` for documents with a cache, whose rows
+    are one text each.
     """
     if cache is not None:
+        if documents_bt is not None:
+            raise UserError(
+                "A cache and a mask (or numbers of documents) were given together: leave the mask "
+                "out, pad on the right, and tell the cache where texts end by `set_lengths`."
+            )
         return _look_into_cache(config, tokens_bt.shape[1], cache)
     steps = torch.arange(tokens_bt.shape[1], device=tokens_bt.device)
     windowed = config.window is not None and len(steps) > config.window

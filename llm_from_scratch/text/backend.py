@@ -22,16 +22,59 @@ Placed = tuple[int, int, int]  # a token's id, and where in the text it begins a
 def open_backend(spec: Spec, *, special: bool) -> tokenizers.Tokenizer:
     """A fast tokenizer for `spec`; `special`: whether special tokens in the text are found."""
     try:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
-    except BaseException as error:
-        # The package raises plain Exception for whatever it dislikes, and sometimes panics.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
+        backend = _open_unigram(spec) if spec["model"].get("type") == "Unigram" else None
+        if backend is None:
+            backend = tokenizers.Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
+    except BaseException as error:  # the package raises plain Exception for whatever it dislikes
+        _refused(error)
         raise UserError(f"This tokenizer.json cannot be used: {error}.") from error
     backend.no_truncation()  # files made for a certain model may cut and pad every text
     backend.no_padding()
     backend.encode_special_tokens = not special
     return backend
+
+
+def _open_unigram(spec: Spec) -> tokenizers.Tokenizer | None:
+    """The same without JSON for the scores, or None where that cannot be.
+
+    The package reads a number such as -9.077554702758789 as its neighbour. In a row of equal
+    characters many cuts are equally good, and then the last bit decides.
+    """
+    pieces = []
+    for piece, score in spec["model"]["vocab"]:
+        if not isinstance(piece, str) or type(score) not in (int, float):
+            raise ValueError(f"{[piece, score]!r:.60} is no piece with a score")
+        pieces.append((piece, float(score)))
+    nothing = {"type": "Unigram", "unk_id": 0, "vocab": [["", 0.0]]}
+    rest = {**spec, "model": nothing, "added_tokens": [], "post_processor": None}
+    shell = tokenizers.Tokenizer.from_str(json.dumps(rest, ensure_ascii=False))
+    model = tokenizers.models.Unigram(
+        pieces, spec["model"].get("unk_id"), bool(spec["model"].get("byte_fallback", False))
+    )
+    added = [
+        (entry["id"], tokenizers.AddedToken(**{k: v for k, v in entry.items() if k != "id"}))
+        for entry in spec.get("added_tokens") or []
+    ]
+    return _assembled(model, shell, added)
+
+
+def _assembled(
+    model: Any, parts: tokenizers.Tokenizer, added: list[tuple[int, tokenizers.AddedToken]]
+) -> tokenizers.Tokenizer | None:
+    """A tokenizer of a model, the steps of another tokenizer, and added tokens.
+
+    None where the ids of added tokens have gaps: only a reload keeps those.
+    """
+    made = tokenizers.Tokenizer(model)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if (value := getattr(parts, part)) is not None:
+            setattr(made, part, value)
+    for number, token in sorted(added, key=lambda pair: pair[0]):
+        add = made.add_special_tokens if token.special else made.add_tokens
+        add([token])
+        if made.token_to_id(token.content) != number:
+            return None
+    return made
 
 
 def run_backend(
@@ -76,17 +119,10 @@ def _refused(error: BaseException) -> None:
 
 def sibling(backend: tokenizers.Tokenizer, *, special: bool) -> tokenizers.Tokenizer:
     """A second instance over the same vocabulary in memory, milliseconds instead of a reload."""
-    twin = tokenizers.Tokenizer(backend.model)
-    for part in ("normalizer", "pre_tokenizer", "decoder"):
-        if (value := getattr(backend, part)) is not None:
-            setattr(twin, part, value)
-    added = sorted(backend.get_added_tokens_decoder().items())
-    for number, token in added:
-        add = twin.add_special_tokens if token.special else twin.add_tokens
-        add([token])
-        if twin.token_to_id(token.content) != number:  # ids with gaps: only a reload keeps them
-            twin = tokenizers.Tokenizer.from_str(backend.to_str())
-            break
+    added = list(backend.get_added_tokens_decoder().items())
+    twin = _assembled(backend.model, backend, added)
+    if twin is None:
+        twin = tokenizers.Tokenizer.from_str(backend.to_str())
     twin.encode_special_tokens = not special
     return twin
 

@@ -302,6 +302,8 @@ def learn_merges(
         if progress and time.monotonic() - said > 0.2:
             said = time.monotonic()
             progress("learning merges", len(tokens) - len(alphabet), size - len(alphabet))
+    if progress:  # where the text has no more to give, what was learnt is all
+        progress("learning merges", len(tokens) - len(alphabet), len(tokens) - len(alphabet))
     return merges
 
 

@@ -31,6 +31,7 @@ from llm_from_scratch.text.classes import (
     build,
     class_for,
     class_name,
+    rebuilds_the_same,
     with_defaults,
 )
 from llm_from_scratch.text.front import Front
@@ -90,7 +91,8 @@ def read_tokenizer(path: Path | str) -> TokenizerFiles:
             return _read_file(path, read_config(path.parent))
         return _read_folder(path, read_config(path))
     except UserError as error:
-        if str(path) in str(error) or str(path.parent) in str(error):
+        beside = [path, *(path if path.is_dir() else path.parent).iterdir()]
+        if any(str(one) in str(error) for one in beside):
             raise
         raise UserError(f"{path}: {error}") from error
 
@@ -149,9 +151,9 @@ def _read_pieces(path: Path, config: Config) -> TokenizerFiles:
             f"{path} is no SentencePiece model but a tiktoken rank file: read it with "
             "Tokenizer.from_tiktoken, which wants to know its pattern and special tokens."
         )
+    kind = class_for(config, "pieces", path.parent)
     model = parse_sentencepiece(data, path)
-    config = {**model.roles(), **config}
-    return _complete(*build(class_for(config, "pieces", path.parent), model, config))
+    return _complete(*build(kind, model, {**model.roles(), **config}))
 
 
 def read_vocab_and_merges(vocab: Path, merges: Path, config: Config | None = None) -> Spec:
@@ -234,7 +236,8 @@ def write_tokenizer(
                 file.write(data)
     else:
         # This class takes tokenizer.json as it is; named ones rebuild parts of it from habit.
-        config["tokenizer_class"] = PLAIN_CLASS
+        if not rebuilds_the_same(spec, config):
+            config["tokenizer_class"] = PLAIN_CLASS
         with write_aside(folder / SPEC) as file:
             json.dump(spec, file, ensure_ascii=False, indent=2)
     with write_aside(folder / "tokenizer_config.json") as file:

@@ -10,6 +10,7 @@ compiler: https://protobuf.dev/programming-guides/encoding. Fields that do not c
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +22,11 @@ from llm_from_scratch.text.sentencepiece_spec import BYTE, NORMAL, UNKNOWN
 
 # The largest known files (a quarter of a million pieces) have 5 MB.
 LARGEST_FILE = 1 << 28
-LARGEST_PIECE = 1 << 12  # bytes; the trainer's own limit is far below
+LARGEST_PIECE = 256  # bytes; the trainer stops at 16 characters unless it is told otherwise
+# Every beginning of a piece is stored, so that memory goes by the squares of their lengths: half of
+# this is what a quarter of a million pieces of 16 characters come to.
+LARGEST_SQUARES = 1 << 27
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 Value = int | memoryview
@@ -131,6 +136,8 @@ def parse_sentencepiece(data: bytes, where: Path | str) -> SentencePieceModel:
             raise _NotAModel("it has no pieces")
         if len(set(model.pieces)) != len(model.pieces):
             raise _NotAModel("it has the same piece twice")
+        if sum(len(piece) ** 2 for piece in model.pieces) > LARGEST_SQUARES:
+            raise _NotAModel("its pieces are far too long")
         if UNKNOWN not in model.types:
             raise _NotAModel("it has no piece for what is unknown")
         model.unk_id = model.types.index(UNKNOWN)
@@ -166,7 +173,7 @@ def _piece(model: SentencePieceModel, data: memoryview) -> None:
     for number, value in fields(data):
         if number == 1:
             if len(_bytes(value)) > LARGEST_PIECE:
-                raise _NotAModel("a piece is thousands of bytes long")
+                raise _NotAModel(f"a piece is longer than {LARGEST_PIECE} bytes")
             piece = str(_bytes(value), "utf-8")
         elif number == 2:
             if len(_bytes(value)) != 4:
@@ -176,6 +183,8 @@ def _piece(model: SentencePieceModel, data: memoryview) -> None:
             kind = _number(value)
     if not piece or not math.isfinite(score) or not NORMAL <= kind <= BYTE:
         raise _NotAModel(f"piece {len(model.pieces)} is empty, or has no sound score or type")
+    if kind == BYTE and not BYTE_PIECE.fullmatch(piece):
+        raise _NotAModel(f"piece {len(model.pieces)} stands for a byte, but is not like <0x0A>")
     model.pieces.append(piece)
     model.scores.append(score)
     model.types.append(kind)

@@ -105,7 +105,8 @@ def merges_of_scores(
     text becomes, such as `</s>`. Pairs of equal score stand in the order that `transformers` gives
     them, so that ids agree with its tokenizers.
     """
-    parts = vocab.keys() - set(never)
+    # The vocabulary's own strings: half a million merges of fresh ones take 60 MB more.
+    parts = {piece: piece for piece in vocab.keys() - set(never)}
     found = []
     for piece, score in scores.items():
         if len(piece) > MOST_MERGED or piece in never:
@@ -114,7 +115,7 @@ def merges_of_scores(
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in parts and right in parts:
-                pairs.append((score, cut, len(piece) - cut, left, right))
+                pairs.append((score, cut, len(piece) - cut, parts[left], parts[right]))
         found += sorted(pairs, key=lambda pair: (vocab[pair[3]], vocab[pair[4]]))
     found.sort(key=lambda pair: pair[:3], reverse=True)
     return [[left, right] for *_, left, right in found]

@@ -38,6 +38,13 @@ BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SEGMENTS = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
 # Where bytes can write the rest, the rarest characters need no entries; in Japanese these are many.
 COVERAGE = {("unigram", "en"): 0.9999, ("unigram", "ja"): 0.9995}
+# What `progress` counts.
+COUNTED = {
+    "counting words": "characters",
+    "learning merges": "merges",
+    "finding pieces by their length": "characters long",
+    "dropping pieces": "pieces",
+}
 NO_TEXT = "There is no text to learn a vocabulary from: give files that have some."
 
 
@@ -66,6 +73,8 @@ class _Wishes:
             raise UserError(
                 f"The special token '{bytes_[0]}' is how a byte is written: choose another text."
             )
+        if self.min_count < 1:
+            raise UserError(f"min_count is {self.min_count}; it must be at least 1.")
         share = self.character_coverage
         if share is not None and not 0 < share <= 1:
             raise UserError(f"The character coverage is {share}; it must be above 0 and at most 1.")
@@ -132,7 +141,8 @@ def train_tokenizer(
             Without them it is unknown, and lost.
         lowercase: "wordpiece" only: in lower case and without accents, as BERT's uncased models.
             By default so, except for "ja", whose voicing marks stay in any case.
-        progress: called as `progress(what, done, total)` while this takes its time.
+        progress: called as `progress(what, done, total)` while this takes its time; `COUNTED` names
+            what is counted. A total of 0 is not known yet: it is all of the text.
     """
     if kind not in TRAINERS:
         raise UserError(

@@ -229,8 +229,8 @@ def prune(words: Mapping[str, int], scores: Mapping[str, float], size: int) -> d
         others = {p: s for p, s in scores.items() if p in piece and p != piece}
         instead = viterbi(piece, others) if len(piece) > 1 else []
         losses[piece] = loss(counts[piece], [counts[p] for p in instead], total)
-    ranked = sorted(scores, key=lambda piece: -losses[piece])[:size]
-    return {piece: score for piece, score in scores.items() if piece in {*ranked}}
+    kept = {*sorted(scores, key=lambda piece: -losses[piece])[:size]}
+    return {piece: score for piece, score in scores.items() if piece in kept}
 
 
 def loss(count: int, instead: Sequence[int], total: int) -> float:

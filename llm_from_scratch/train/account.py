@@ -74,7 +74,9 @@ class Question:
 
 def find(model: str | None, preset: str | None = None) -> tuple[Description, PretrainConfig | None]:
     """The model and, if it is one's, the settings of its run."""
-    if (model is None) == (preset is None):
+    if model is not None and preset is not None:
+        raise UserError("Give a MODEL or --preset, not both.")
+    if model is None and preset is None:
         raise UserError("Name one model: a MODEL, or a size with --preset.")
     if preset is not None:
         return describe_preset(preset), None
@@ -141,20 +143,13 @@ def account(
         )  # fmt: skip
 
     inference, training = infer(batch, context), learn(batch, context)
-    per_token = kv_cache_bytes(config, 1, 1, PRECISIONS[dtype], 1) if head is None else 0
     sizes: dict[str, Callable[[int, int], float]] = {
         "inference": lambda b, n: sum(infer(b, n).values()),
         "training": lambda b, n: learn(b, n).total,
     }
-    free = free_memory_bytes(device)
     return {
         "model": model if model is not None else preset,
-        "source": found.source,
-        "stored": {"form": found.form, "bytes": found.stored_bytes},
-        "kind": kind_of(config),
-        "head": None if head is None else head.kind,
-        "family": config.family,
-        "config": dataclasses.asdict(config),
+        **_described(found),
         "asked": {
             "context": context, "longest_context": longest(config), "batch": batch,
             "optimizer": optimizer, "inference_dtype": dtype, "training_precision": precision,
@@ -169,24 +164,51 @@ def account(
             "decode": None if head is not None else _flops(decode_flops(config, context)),
             "training": _flops(training_flops(config, context, head)),
         },
-        "kv_cache": {
-            "per_token": per_token,
-            "per_sequence": per_token * context,
-            "batch": per_token * context * batch,
-        },
+        "kv_cache": _cache(found, PRECISIONS[dtype], context, batch),
         "inference": _whole({**inference, "total": sum(inference.values())}),
         "training": _training(training),
-        "machine": {
-            "device": device.type,
-            "memory": memory_bytes(device),
-            "free": free,
-            "slack": SLACK,
-            "largest": None if free is None else {
-                name: _largest(size, free / SLACK, context) for name, size in sizes.items()
-            },
-        },
+        "machine": _machine(device, sizes, context),
         "estimates": list(ESTIMATES),
     }  # fmt: skip
+
+
+def _described(found: Description) -> dict[str, Any]:
+    """What the model is, and where it was read."""
+    return {
+        "source": found.source,
+        "stored": {"form": found.form, "bytes": found.stored_bytes},
+        "kind": kind_of(found.config),
+        "head": None if found.head is None else found.head.kind,
+        "family": found.config.family,
+        "config": dataclasses.asdict(found.config),
+    }
+
+
+def _cache(found: Description, dtype: torch.dtype, context: int, batch: int) -> dict[str, int]:
+    """Bytes of the key-value cache; under a head there is none."""
+    per_token = kv_cache_bytes(found.config, 1, 1, dtype, 1) if found.head is None else 0
+    return {
+        "per_token": per_token,
+        "per_sequence": per_token * context,
+        "batch": per_token * context * batch,
+    }
+
+
+def _machine(
+    device: torch.device, sizes: dict[str, Callable[[int, int], float]], context: int
+) -> dict[str, Any]:
+    """What this machine has, and the largest batch of each use that fits into what is free."""
+    free = free_memory_bytes(device)
+    fitting = None
+    if free is not None:
+        fitting = {name: _largest(size, free / SLACK, context) for name, size in sizes.items()}
+    return {
+        "device": device.type,
+        "memory": memory_bytes(device),
+        "free": free,
+        "slack": SLACK,
+        "largest": fitting,
+    }
 
 
 def kind_of(config: AnyConfig) -> str:

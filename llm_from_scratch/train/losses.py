@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_from_scratch.data.loader import IGNORED
+from llm_from_scratch.model.config import EncoderDecoderConfig, ModelConfig
+from llm_from_scratch.model.decoder import Decoder
+from llm_from_scratch.model.encoder_decoder import EncoderDecoder
 from llm_from_scratch.model.experts import balance_losses, experts_of, routings, visit_shares
+
+CHUNK = 1024  # tokens at a time in `chunked_cross_entropy_sum`
+CHUNKED_FROM = 1024  # entries of the vocabulary above which training takes it
 
 
 @dataclass
@@ -95,7 +101,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunked_cross_entropy_sum(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1024
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK
 ) -> Tensor:
     """`cross_entropy_sum(hidden @ weight.T, targets)` without ever holding all logits.
 
@@ -104,3 +110,30 @@ def chunked_cross_entropy_sum(
     """
     flat = hidden.flatten(0, -2)
     return _ChunkedCrossEntropy.apply(flat, weight, targets.flatten(), chunk)  # type: ignore[no-any-return]
+
+
+def is_chunked(config: ModelConfig | EncoderDecoderConfig) -> bool:
+    """Whether training takes the logits of such a model a chunk of tokens at a time.
+
+    For many tokens of a large vocabulary, where logits are no more than a product with a matrix.
+    """
+    if isinstance(config, EncoderDecoderConfig):
+        plain = config.decoder.logit_softcap is None and not config.logits_bias
+    else:
+        plain = config.logit_softcap is None
+    return plain and config.vocab_size > CHUNKED_FROM
+
+
+def next_token_loss_sum(
+    model: Decoder | EncoderDecoder, hidden_btm: Tensor, targets_bt: Tensor
+) -> Tensor:
+    """`cross_entropy_sum` of the logits that the model makes of its last states.
+
+    A model in training saves the memory of the logits where it can.
+    """
+    if not (model.training and is_chunked(model.config)):
+        return cross_entropy_sum(model.logits(hidden_btm), targets_bt)
+    writer = model.decoder if isinstance(model, EncoderDecoder) else model
+    if writer.config.scale_logits:
+        hidden_btm = hidden_btm * writer.config.d_model**-0.5
+    return chunked_cross_entropy_sum(hidden_btm, writer.head.weight, targets_bt)

@@ -15,12 +15,10 @@ import torch
 from llm_from_scratch.model.config import EncoderDecoderConfig
 from llm_from_scratch.model.inventory import AnyConfig, Weight, parameter_count, weights_of
 from llm_from_scratch.model.memory import FP32, INT64, Pass, activation_bytes
+from llm_from_scratch.train.losses import CHUNK, is_chunked
 
 if TYPE_CHECKING:
     from llm_from_scratch.model.heads import HeadConfig
-
-CHUNK = 1024  # tokens at a time in `chunked_cross_entropy_sum`
-CHUNKED_FROM = 1024  # entries of the vocabulary above which it is taken
 
 
 def _by_muon(weight: Weight, kind: str) -> bool:
@@ -52,15 +50,6 @@ def optimizer_work_bytes(config: AnyConfig, kind: str, compute: torch.dtype) -> 
             squares = 3 * prod(weight.shape[:-2]) * min(weight.shape[-2:]) ** 2 * compute.itemsize
             alike.setdefault(weight.shape, []).append(weight.count * (bytes_of_one + squares))
     return max((sum(group) for group in alike.values()), default=0.0)
-
-
-def is_chunked(config: AnyConfig) -> bool:
-    """Whether the loss takes its logits a chunk of tokens at a time (`NextToken`, `Seq2Seq`)."""
-    if isinstance(config, EncoderDecoderConfig):
-        plain = config.decoder.logit_softcap is None and not config.logits_bias
-    else:
-        plain = config.logit_softcap is None and not config.scale_logits
-    return plain and config.vocab_size > CHUNKED_FROM
 
 
 def loss_bytes(config: AnyConfig, run: Pass, head: HeadConfig | None = None) -> tuple[float, float]:

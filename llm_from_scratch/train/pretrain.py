@@ -37,15 +37,11 @@ from llm_from_scratch.evaluate.bits_per_byte import bits_per_byte, nats_of
 from llm_from_scratch.generate.generate import complete
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.flops import parameter_count, training_flops_per_token
+from llm_from_scratch.model.inventory import active_parameter_count
 from llm_from_scratch.model.presets import resolve
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.train.loop import Hooks, Loop
-from llm_from_scratch.train.losses import (
-    LossSum,
-    chunked_cross_entropy_sum,
-    cross_entropy_sum,
-    with_balance,
-)
+from llm_from_scratch.train.losses import LossSum, next_token_loss_sum, with_balance
 from llm_from_scratch.train.parallel import join_world, leave_world, wait_for_all
 from llm_from_scratch.train.prepare import PYTHON, Prepared, prepare, reopen
 from llm_from_scratch.train.settings import PretrainConfig
@@ -66,12 +62,8 @@ class NextToken:
     def step(self, model: nn.Module, batch: Batch) -> LossSum:
         assert isinstance(model, Decoder)
         hidden = model.hidden(batch.tokens, document_ids_bt=batch.document_ids)
-        config, targets = model.config, batch.targets
-        plain = config.logit_softcap is None and not config.scale_logits
-        if plain and config.vocab_size > 1024 and model.training:
-            loss_sum = chunked_cross_entropy_sum(hidden, model.head.weight, targets)
-        else:
-            loss_sum = cross_entropy_sum(model.logits(hidden), targets)
+        targets = batch.targets
+        loss_sum = next_token_loss_sum(model, hidden, targets)
         result = LossSum(loss_sum, (targets != IGNORED).sum())
         return with_balance(result, model, targets) if model.training else result
 
@@ -213,7 +205,7 @@ def pretrain(
     model = build(config, prepared)
     loop = make_loop(config, prepared, model, folder, quiet)
     line.say(
-        f"Model: {config.model.family}, {parameter_count(model.config) / 1e6:.2f} M parameters, "
+        f"Model: {config.model.family}, {_sizes(model)}, "
         f"{config.train.precision} on {config.train.device}."
     )
     if resume and (step := loop.resume()):
@@ -263,6 +255,12 @@ def start(
     with write_aside(folder / "config.yaml") as file:
         file.write(to_yaml(dataclasses.replace(config, train=stored)))
     return config, prepared
+
+
+def _sizes(model: Decoder) -> str:
+    total, active = parameter_count(model.config), active_parameter_count(model.config)
+    text = f"{total / 1e6:.2f} M parameters"
+    return text if active == total else f"{text} (a token meets {active / 1e6:.2f} M)"
 
 
 def refuse_too_large(parameters: int, memory: int | None) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.data.loader import IGNORED
 from llm_from_scratch.model.encoder_decoder import EncoderDecoder
-from llm_from_scratch.train.losses import LossSum, chunked_cross_entropy_sum, cross_entropy_sum
+from llm_from_scratch.train.losses import LossSum, next_token_loss_sum
 
 Ids = Sequence[int]
 
@@ -70,14 +70,8 @@ class Seq2Seq:
         seen = decoder_input(batch.labels, model.config.start_id)
         encoded = model.encoder(batch.source, attention_mask=batch.source_mask)
         hidden = model.hidden(seen, encoded, attention_mask=batch.source_mask)
-        config, count = model.config.decoder, (batch.labels != IGNORED).sum()
-        plain = not model.config.logits_bias and config.logit_softcap is None
-        if not (plain and config.vocab_size > 1024 and model.training):
-            return LossSum(cross_entropy_sum(model.logits(hidden), batch.labels), count)
-        if config.scale_logits:
-            hidden = hidden * config.d_model**-0.5
-        weight = model.decoder.head.weight
-        return LossSum(chunked_cross_entropy_sum(hidden, weight, batch.labels), count)
+        loss_sum = next_token_loss_sum(model, hidden, batch.labels)
+        return LossSum(loss_sum, (batch.labels != IGNORED).sum())
 
 
 class Pairs:

@@ -49,7 +49,7 @@ class Package:
     wheel_size: int
     licence: str
     origin: str
-    example: str  # a command that shows what it can do
+    example: str  # a command that shows what it can do, or a line of Python with `llm` imported
 
     @property
     def size(self) -> int:
@@ -145,7 +145,7 @@ CATALOGUE = {
         wheel_size=83_506_384,
         licence="Apache-2.0",
         origin="Hugging Face (sentence-transformers/all-MiniLM-L6-v2)",
-        example='scratchlm tokenizer show all-minilm-l6-v2 "Sentences become vectors."',
+        example='model, tokenizer = llm.load("all-minilm-l6-v2", head="embedding")',
     ),
 }
 

@@ -6,15 +6,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from llm_from_scratch.core.errors import UserError
-from llm_from_scratch.model.config import ModelConfig
+from llm_from_scratch.core.errors import UserError, shown
+from llm_from_scratch.model.config import LARGEST_SIZE, ModelConfig
+from llm_from_scratch.model.inventory import AnyConfig, weights_of
 
 # No published model has sizes beyond these; a broken file easily has.
-LARGEST = 1 << 24
+LARGEST = LARGEST_SIZE
 MOST_LAYERS = 4096
+MOST_EXPERTS = 4096
+LARGEST_WEIGHT = 1 << 40  # numbers in one tensor
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -36,7 +40,8 @@ class Fields:
         self.where = where
 
     def refuse(self, name: str, must: str) -> UserError:
-        return UserError(f"{self.where}: '{name}' is {self.values.get(name)!r}; it must be {must}.")
+        value = shown(self.values.get(name))
+        return UserError(f"{self.where}: '{name}' is {value}; it must be {must}.")
 
     def integer(self, name: str, largest: int = LARGEST) -> int:
         value = self.values.get(name)
@@ -104,3 +109,19 @@ def check_sizes(config: ModelConfig, where: str) -> None:
     fields.integer("n_layers", MOST_LAYERS)
     for name in ("max_seq_len", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff"):
         fields.integer(name)
+    if config.experts is not None:
+        experts = Fields(dataclasses.asdict(config.experts), {}, where)
+        experts.integer("n_experts", MOST_EXPERTS)
+        experts.integer("d_ff")
+    check_weights(config, where)
+
+
+def check_weights(config: AnyConfig, where: str) -> None:
+    """Raise `UserError` where sizes that are sound alone make a tensor of absurd size together."""
+    for weight in weights_of(config):
+        if math.prod(weight.shape) > LARGEST_WEIGHT:
+            shape = " x ".join(f"{size:,}" for size in weight.shape)
+            raise UserError(
+                f"{where}: its sizes make '{weight.name}' a tensor of {shape} numbers, which no "
+                "model has; copy the file anew."
+            )

@@ -20,21 +20,28 @@ from llm_from_scratch.core.errors import UserError, nearest
 from llm_from_scratch.core.files import ASIDE, explain_os_error, folder_aside
 from llm_from_scratch.core.json_files import read_json_object
 from llm_from_scratch.weights.catalogue import Report, to_stderr
-from llm_from_scratch.weights.folder import refuse_foreign_folder, save_folder
-from llm_from_scratch.weights.gguf_save import KINDS, save_gguf
+from llm_from_scratch.weights.describe import describe_folder
+from llm_from_scratch.weights.folder import is_model_folder, refuse_foreign_folder, save_folder
+from llm_from_scratch.weights.gguf import GGUF
+from llm_from_scratch.weights.gguf_save import KINDS, check_description, save_gguf
 from llm_from_scratch.weights.pickles import pickle_files, write_safetensors
 from llm_from_scratch.weights.sentence_layout import MODULES
 from llm_from_scratch.weights.sources import DTYPES, STORED, load, locate
 
 FORMATS = ("hf", "gguf")
+HALVES = {"F16": "fp16", "BF16": "bf16"}
 AS_STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # What a model folder has beside config and weights, and keeps on its way into another folder.
 SIDE_FILES = (
     "README.md", "LICENSE*", "vocab.txt", "vocab.json", "merges.txt", "*.spm", "*.model",
-    "special_tokens_map.json", "modules.json", "sentence_bert_config.json",
-    "config_sentence_transformers.json", "1_Pooling/config.json",
+    "special_tokens_map.json", "sentence_bert_config.json", "config_sentence_transformers.json",
+    "1_Pooling/config.json",
 )  # fmt: skip
-CONFIGS = ("config.json", "generation_config.json", "tokenizer*", "added_tokens.json", "*.jinja")
+# What says how the model is built; it is written anew.
+CONFIGS = (
+    "config.json", "generation_config.json", "tokenizer*", "added_tokens.json", "*.jinja",
+    "target_vocab.json", MODULES, "*/config.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,18 +71,25 @@ def convert(
             config.json beside it, or a folder that has its weights as pickles only.
         out: the folder or .gguf file. An earlier model there is replaced; nothing else is.
         kind: of a GGUF's matrices: F32, F16, BF16, Q8_0 or Q4_0. None: the stored precision.
-        dtype: of a folder's weights: "fp32", "bf16" or "fp16". None: the stored precision;
-            quantised GGUF files are decoded to fp32.
+        dtype: of a folder's weights: "fp32", "bf16" or "fp16". None: the stored precision.
+            Without either, what a GGUF has quantised becomes fp32.
 
     Raises `UserError` for what does not fit together, for a family that llama.cpp has no
     architecture for, and for a pickle that holds anything but tensors.
     """
     _check(to, kind, dtype)
+    if "" in (model, out):
+        raise UserError("MODEL or --out is empty; name a model, and the folder or file to write.")
     source, out = Path(model).expanduser(), Path(out)
     pickles = pickle_files(source) if source.exists() else []
     if not pickles:
-        source = locate(model)
+        source = locate(model, pickles=True)
+        pickles = pickle_files(source) if source.is_dir() else []
     _check_out(out, source, to)
+    if to == "gguf" and source.is_dir() and is_model_folder(source):
+        told = describe_folder(source)
+        # What is in a pickle is not known yet: the head that config.json names may be missing.
+        check_description(told.config, None if pickles else told.head)
     with ExitStack() as stack:
         report(f"Reading {model} ...")
         if pickles:
@@ -83,16 +97,16 @@ def convert(
         else:
             place = source
         try:
-            # A folder's own files say how it pools; a GGUF has to be told.
-            pools = to == "gguf" and (place / MODULES).is_file()
-            head = "embedding" if pools else None
-            loaded, tokenizer = load(place, dtype=dtype or STORED, device="cpu", head=head)
+            half = _half_of(place)
+            if to == "hf":
+                dtype = dtype or HALVES.get(half)
+            loaded, tokenizer = load(place, dtype=dtype or STORED, device="cpu")
         except UserError as error:
             raise UserError(str(error).replace(str(place), str(source))) from error
         stored = next(loaded.parameters()).dtype
         report(f"Writing {out} ...")
         if to == "gguf":
-            kind = kind or AS_STORED.get(stored, "F32")
+            kind = kind or half or AS_STORED.get(stored, "F32")
             save_gguf(loaded, tokenizer, out, kind=kind)
         else:
             kind = str(stored).removeprefix("torch.")
@@ -105,6 +119,12 @@ def convert(
         parameters=sum(p.numel() for p in loaded.parameters()),
         bytes=sum(path.stat().st_size for path in files),
     )
+
+
+def _half_of(place: Path) -> str:
+    """The kind F16 or BF16 where most of a GGUF file is stored so, else nothing."""
+    most = GGUF(place).forms().most_common(1) if place.is_file() else []
+    return most[0][0] if most and most[0][0] in HALVES else ""
 
 
 def _check(to: str, kind: str | None, dtype: str | None) -> None:

@@ -7,7 +7,6 @@ weights that lie beside it, at most the names are read.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from llm_from_scratch.weights.catalogue import CATALOGUE, Report, local_path, to
 from llm_from_scratch.weights.families import Family, read_config
 from llm_from_scratch.weights.gguf import GGUF
 from llm_from_scratch.weights.gguf_load import read_config as read_gguf_config
-from llm_from_scratch.weights.heads import want, with_pooler
+from llm_from_scratch.weights.heads import want, with_pooler, without_head
 from llm_from_scratch.weights.sources import DTYPES, locate_description
 from llm_from_scratch.weights.stored import open_tensors
 
@@ -79,9 +78,7 @@ def describe_gguf(path: Path) -> Description:
     """A GGUF file, by its metadata and the list of its tensors."""
     file = GGUF(path)
     config = read_gguf_config(file)[1]
-    sizes: Counter[str] = Counter()
-    for info in file.tensors.values():
-        sizes[info.form.name] += info.size
+    sizes = file.forms()
     return Description(str(path), config, None, max(sizes, key=sizes.__getitem__), sizes.total())
 
 
@@ -94,7 +91,10 @@ def describe_folder(folder: Path) -> Description:
         wanted = want(family, values, None, None, folder)
     except UserError:  # a class with a head that we do not have: the model under it
         wanted = want(family, values, "none", None, folder)
-    names = _stored_names(family, folder)
+    stored_names = _stored_names(family, folder)
+    if stored_names:
+        wanted = without_head(family, wanted, dict.fromkeys(stored_names, ""))
+    names = stored_names or {f"{rule.theirs}.weight" for rule in family.tensors}
     config = with_pooler(family, _tied(family, config, names), wanted, names)
     files = list(folder.glob("*.safetensors"))
     stored = values.get("dtype", values.get("torch_dtype"))
@@ -108,13 +108,13 @@ def _is(stored: object, short: str) -> bool:
 
 
 def _stored_names(family: Family, folder: Path) -> set[str]:
-    """The names of the stored tensors, full and as given; all possible ones where none is there."""
+    """The names of the stored tensors, full and as given; none where they cannot be read."""
     if any(folder.glob("*.safetensors")):
         # A folder whose weights are still on their way is described all the same.
         with contextlib.suppress(UserError), open_tensors(folder) as tensors:
             names = set(tensors.files)
             return names | {family.prefix + name for name in names}
-    return {f"{rule.theirs}.weight" for rule in family.tensors}
+    return set()
 
 
 def _tied(family: Family, config: AnyConfig, names: set[str]) -> AnyConfig:

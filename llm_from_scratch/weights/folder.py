@@ -28,7 +28,15 @@ from llm_from_scratch.model.heads import Embedder, Head
 from llm_from_scratch.text.checks import stop_ids
 from llm_from_scratch.text.files import has_tokenizer
 from llm_from_scratch.text.tokenizer import Tokenizer
-from llm_from_scratch.weights.assemble import Model, complete, empty_model, put, undisturbed
+from llm_from_scratch.weights.assemble import (
+    Model,
+    check_ties,
+    complete,
+    empty_model,
+    give_back,
+    put,
+    undisturbed,
+)
 from llm_from_scratch.weights.families import (
     AnyConfig,
     Entry,
@@ -37,6 +45,11 @@ from llm_from_scratch.weights.families import (
     family_of,
     read_config,
 )  # fmt: skip
+from llm_from_scratch.weights.generation_config import (
+    as_generated,
+    generation_config_json,
+    token_ids,
+)
 from llm_from_scratch.weights.heads import (
     BACKBONE,
     Labels,
@@ -60,12 +73,14 @@ from llm_from_scratch.weights.stored import INDEX, WEIGHTS, StoredTensors, open_
 
 SHARD_BYTES = 5_000_000_000
 # What a model folder may hold: saving replaces it as a whole, and must not take more with it.
-FOLDER_NAMES = (
+FOLDER_FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.*", "README.md", "LICENSE*", "vocab.txt", "*.spm", "*.model", "modules.json",
-    "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling", "2_Normalize",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "target_vocab.json", "merges.txt", "chat_template.*",
+    "README.md", "LICENSE*", "vocab.txt", "*.spm", "*.model", "modules.json",
+    "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
+FOLDER_FOLDERS = ("1_Pooling", "2_Normalize")  # with a config.json at most
 
 
 def is_model_folder(path: Path) -> bool:
@@ -217,22 +232,24 @@ def load_folder(
 ) -> tuple[Model, Tokenizer | None]:
     """The model (in inference mode) and the tokenizer of a Hugging Face model folder.
 
-    `dtype` None keeps the stored precision. `head` None gives the class that `architectures` names;
-    another head (`heads.ASKED`) starts with what the folder has of it, and this is said once. The
-    tokenizer is None where the folder has none. Raises `UserError` naming the file and field for
-    anything that does not fit.
+    `dtype` None keeps the stored precision. `head` None gives the class that `architectures` names,
+    or an `Embedder` where there is a `modules.json`; another head (`heads.ASKED`) starts with what
+    the folder has of it, and this is said once. The tokenizer is None where the folder has none.
+    Raises `UserError` naming the file and field for anything that does not fit.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"There is no model folder {folder}.")
     values = read_json_object(folder / "config.json")
     family, config = read_config(values, str(folder / "config.json"))
+    config = as_generated(config, folder)
     wanted = want(family, values, head, labels, folder)
     tokenizer = Tokenizer.load(folder) if has_tokenizer(folder) else None
     _check_vocabularies(config, tokenizer, folder)
     if tokenizer is not None:
         # Chat models often list their end-of-turn tokens here and not in the tokenizer's files.
         tokenizer.extra_stop_ids |= stop_ids(values, folder / "config.json")
+    give_back()
     with open_tensors(folder) as tensors:
         names = _their_names(family, tensors.files)
         if head is None:
@@ -325,11 +342,6 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    names = ("bos_id", "eos_id", "pad_id")
-    return {name[:3] + "_token_id": getattr(tokenizer, name, None) for name in names}
-
-
 def config_json(model: Model, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The content of config.json; ids that the tokenizer lacks are null, not a class's default."""
     family = family_of(model.config)
@@ -346,25 +358,10 @@ def config_json(model: Model, tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 def _ids(model: Model, tokenizer: Tokenizer | None) -> dict[str, int | None]:
     """The special tokens' ids; a head remembers the padding where there is no tokenizer."""
-    ids = _token_ids(tokenizer)
+    ids = token_ids(tokenizer)
     if isinstance(model, Head) and ids["pad_token_id"] is None:
         ids["pad_token_id"] = model.head_config.pad_id
     return ids
-
-
-def generation_config_json(config: AnyConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The content of generation_config.json: where generation starts and ends."""
-    values: dict[str, Any] = {k: v for k, v in _token_ids(tokenizer).items() if v is not None}
-    if isinstance(config, EncoderDecoderConfig):
-        values["decoder_start_token_id"] = config.start_id
-        if config.end_id is not None:
-            values["forced_eos_token_id"] = config.end_id
-        if not config.writes_start:
-            values["bad_words_ids"] = [[config.start_id]]
-    stops = sorted(tokenizer.stop_ids) if tokenizer is not None else []
-    if stops:
-        values["eos_token_id"] = stops[0] if len(stops) == 1 else stops
-    return values
 
 
 def save_folder(
@@ -385,6 +382,7 @@ def save_folder(
     refuse_foreign_folder(folder)
     family = family_of(model.config)
     _check_vocabularies(model.config, tokenizer, folder)
+    check_ties(model)
     with folder_aside(folder) as aside:
         _write_json(aside / "config.json", config_json(model, tokenizer))
         _write_weights(model, family, aside, shard_bytes)
@@ -399,14 +397,27 @@ def save_folder(
             tokenizer.save(aside)
 
 
+def _is_of_a_model(entry: Path) -> bool:
+    if entry.is_dir():
+        inside = {below.name for below in entry.iterdir()}
+        return entry.name in FOLDER_FOLDERS and inside <= {"config.json"}
+    return any(entry.match(name) for name in FOLDER_FILES)
+
+
 def refuse_foreign_folder(folder: Path) -> None:
     """Raise `UserError` if writing a model to `folder` would delete something else."""
     if folder.is_dir():
-        foreign = [e.name for e in folder.iterdir() if not any(e.match(n) for n in FOLDER_NAMES)]
+        found = sorted(folder.iterdir())
+        foreign = [entry.name for entry in found if not _is_of_a_model(entry)]
         if foreign:
             raise UserError(
-                f"{folder} holds '{min(foreign)}', which is no part of a model; choose an empty or "
+                f"{folder} holds '{foreign[0]}', which is no part of a model; choose an empty or "
                 "new folder."
+            )
+        if found and not is_model_folder(folder):
+            raise UserError(
+                f"{folder} holds '{found[0].name}' but no config.json, so it is no earlier model; "
+                "choose an empty or new folder."
             )
     if folder.is_file():
         raise UserError(f"{folder} is a file; a model is saved as a folder. Choose another name.")

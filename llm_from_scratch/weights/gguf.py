@@ -9,6 +9,7 @@ truncated or lying file is refused with a sentence. Specification: docs/gguf.md 
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.core.errors import UserError, shown
 from llm_from_scratch.quant.formats import FORMATS, Format, dequantise
 
 MOST_ENTRIES = 1 << 16  # metadata keys, and tensors
@@ -121,10 +122,11 @@ class GGUF:
                 f"{self.path} cannot be read as GGUF ({error}); download it anew."
             ) from error
         cursor = Cursor(self.data, self.path)
-        if len(self.data) < 24 or bytes(cursor.take(4)) != b"GGUF":
+        if bytes(self.data[:4]) != b"GGUF":
             raise UserError(
                 f"{self.path} is not a GGUF file (it does not begin with 'GGUF'); download it anew."
             )
+        cursor.take(4)
         self.version = int(cursor.number("<I"))
         if self.version not in (2, 3):
             raise UserError(
@@ -167,12 +169,25 @@ class GGUF:
             found[name] = shape, FORMATS[kind], offset
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
-            raise cursor.broken(f"general.alignment is {alignment!r}")
+            raise cursor.broken(f"general.alignment is {shown(alignment)}")
         data = -(-cursor.at // alignment) * alignment
-        return {
+        placed = {
             name: self._place(cursor, name, shape, form, data + offset)
             for name, (shape, form, offset) in found.items()
         }
+        end = 0
+        for name, info in sorted(placed.items(), key=lambda item: item[1].start):
+            if info.start < end:  # else a small file might unpack to any number of weights
+                raise cursor.broken(f"the tensor '{name}' overlaps another")
+            end = info.start + info.size
+        return placed
+
+    def forms(self) -> Counter[str]:
+        """The name of each format -> the bytes of the tensors that are stored in it."""
+        sizes: Counter[str] = Counter()
+        for info in self.tensors.values():
+            sizes[info.form.name] += info.size
+        return sizes
 
     def _place(
         self, cursor: Cursor, name: str, shape: tuple[int, ...], form: Format, start: int

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.core.errors import UserError, shown
 from llm_from_scratch.model.config import ModelConfig
+from llm_from_scratch.weights.families.gpt2 import LAYER_NORM_AND_BIASES
 from llm_from_scratch.weights.families.settings import Choice, Group, maybe, number, size
 from llm_from_scratch.weights.families.table import Entry, Rule, rules
 from llm_from_scratch.weights.gguf_settings import (
@@ -64,7 +65,10 @@ class Architecture:
         found: dict[str, Any] = {}
         for group in self.settings:
             found |= group.read(keys, found)
-        return ModelConfig(**{"family": self.family, **self.constants, **found})
+        try:
+            return ModelConfig(**{"family": self.family, **self.constants, **found})
+        except UserError as error:  # values that are sound alone, but not together
+            raise UserError(f"{keys.where}: {error}") from error
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """The inverse of `read`: keys without the architecture's name, and facts."""
@@ -108,10 +112,6 @@ RMS_EPS = number("attention.layer_norm_rms_epsilon", "norm_eps", None)
 LAYER_EPS = number("attention.layer_norm_epsilon", "norm_eps", None)
 TIED = Stored(".output", "tie_embeddings", there=False)
 QKV_BIAS = Stored(".attn_q.bias", "attention_bias")
-LAYER_NORM_AND_BIASES = {
-    "norm": "layer", "gated": False, "attention_bias": True, "output_bias": True,
-    "feed_forward_bias": True,
-}  # fmt: skip
 
 LLAMA = Architecture(
     name="llama",
@@ -265,7 +265,7 @@ def architecture_named(name: object, where: object) -> Architecture:
     """The table of a file's `general.architecture`."""
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UserError(
-            f"{where}: 'general.architecture' is {name!r}; GGUF files of the architectures "
+            f"{where}: 'general.architecture' is {shown(name)}; GGUF files of the architectures "
             f"{', '.join(ARCHITECTURES)} can be read. Take the model as a Hugging Face folder "
             "instead."
         )

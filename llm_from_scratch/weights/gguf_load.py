@@ -17,8 +17,15 @@ from llm_from_scratch.model.encoder import Encoder
 from llm_from_scratch.model.heads import Embedder, HeadConfig, HeadStyle
 from llm_from_scratch.model.positions import rope_frequencies
 from llm_from_scratch.text.tokenizer import Tokenizer
-from llm_from_scratch.weights.assemble import Model, complete, empty_model, put, undisturbed
-from llm_from_scratch.weights.config_json import check_sizes
+from llm_from_scratch.weights.assemble import (
+    Model,
+    complete,
+    empty_model,
+    give_back,
+    put,
+    undisturbed,
+)
+from llm_from_scratch.weights.config_json import LARGEST, check_sizes
 from llm_from_scratch.weights.families.table import Entry
 from llm_from_scratch.weights.folder import check_vocabulary
 from llm_from_scratch.weights.gguf import GGUF
@@ -80,7 +87,7 @@ def rope_scaling(file: GGUF, config: ModelConfig) -> RopeScaling | None:
     stored = file.read(ROPE_FACTORS)
     plain = rope_frequencies(config.rope_dim, config.rope_theta, None)
     factor = float(f"{float(stored.max()):.5g}")
-    if stored.shape == plain.shape and factor >= 1:
+    if stored.shape == plain.shape and 1 <= factor < math.inf:
         if torch.equal(stored, torch.ones_like(stored)):
             return None
         lengths = (8192, *(1 << power for power in range(5, 21)))
@@ -109,7 +116,7 @@ def _fitted(stored: Tensor, plain: Tensor, factor: float) -> list[RopeScaling]:
         return []
     slope = float((kept.max() - kept.min()) / (turns.max() - turns.min()))
     below = slope * float(turns.max()) - float(kept.max())  # zero, at no turns at all
-    if below <= 0:
+    if not 0 < below < math.inf or not slope / below < LARGEST:  # or not a number: no line
         return []
     high = float(f"{1 + 1 / below:.4g}")
     return [RopeScaling("llama3", factor, 1.0, high, max(round(slope / below), 1))]
@@ -173,6 +180,9 @@ def load_gguf(
     table, config = read_config(file)
     tokenizer = read_tokenizer(file)
     check_vocabulary(config.vocab_size, tokenizer, file.path)
+    for key in [key for key in file.metadata if key.startswith("tokenizer.")]:
+        del file.metadata[key]  # hundreds of thousands of words, of no more use
+    give_back()
     model = empty_model(config)
     entries = list(table.entries(config, dict(model.named_parameters())))
     _check(file, model, entries, table.name)

@@ -13,7 +13,8 @@ from llm_from_scratch.core.errors import UserError, nearest
 from llm_from_scratch.model.config import ModelConfig
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.encoder import Encoder
-from llm_from_scratch.model.heads import Embedder, Head
+from llm_from_scratch.model.heads import Embedder, Head, HeadConfig
+from llm_from_scratch.model.inventory import AnyConfig
 from llm_from_scratch.quant.formats import BF16, F16, F32, Q4_0, Q8_0, Format
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.weights.assemble import Model
@@ -92,8 +93,21 @@ def _without_head(model: Model) -> tuple[Decoder | Encoder, dict[str, int]]:
             model = model.backbone
     if isinstance(model, Decoder | Encoder):
         return model, pooling
-    what = "a head" if isinstance(model, Head) else "an encoder-decoder"
-    raise UserError(
+    raise _not_in_a_gguf("a head" if isinstance(model, Head) else "an encoder-decoder")
+
+
+def check_description(config: AnyConfig, head: HeadConfig | None) -> None:
+    """Raise `UserError` for a model that no GGUF file can hold, before its weights are there."""
+    if not isinstance(config, ModelConfig):
+        raise _not_in_a_gguf("an encoder-decoder")
+    poolings = POOLING_TYPES.values()
+    if head is not None and (head.kind != "embedding" or head.style.pooling not in poolings):
+        raise _not_in_a_gguf("a head")
+    architecture_of(config)
+
+
+def _not_in_a_gguf(what: str) -> UserError:
+    return UserError(
         "A GGUF file holds a decoder or an encoder, plain or for embeddings (mean, first or last "
         f"state), but not {what} like this one; save it as a Hugging Face folder instead."
     )

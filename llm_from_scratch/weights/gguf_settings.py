@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.core.errors import UserError, shown
 from llm_from_scratch.model.config import ExpertsConfig, ModelConfig, RopeScaling
-from llm_from_scratch.weights.config_json import Fields
+from llm_from_scratch.weights.config_json import MOST_EXPERTS, Fields
+from llm_from_scratch.weights.families.rotary import ramp, stretch
 from llm_from_scratch.weights.families.settings import Group
 
 # Keys of any architecture that do not change what it computes.
@@ -47,9 +48,9 @@ class Keys(Fields):
         self.architecture = architecture
 
     def refuse(self, name: str, must: str) -> UserError:
-        value = self.values.get(name)
+        value = shown(self.values.get(name))
         return UserError(
-            f"{self.where}: '{self.architecture}.{name}' is {value!r}; it must be {must}."
+            f"{self.where}: '{self.architecture}.{name}' is {value}; it must be {must}."
         )
 
 
@@ -197,22 +198,15 @@ class RopeKeys(Group):
         if kind not in ("linear", "yarn"):
             raise fields.refuse(f"{prefix}type", "'none', 'linear' or 'yarn'")
         values[f"{prefix}factor"] = factor
-        if fields.number(f"{prefix}factor") < 1:
-            raise fields.refuse(f"{prefix}factor", "at least 1")
         if kind == "linear":
-            return RopeScaling("linear", fields.number(f"{prefix}factor"))
+            return RopeScaling("linear", stretch(fields, f"{prefix}factor"))
         for name, default in (("fast", 32.0), ("slow", 1.0)):
             if values.get(f"{prefix}yarn_beta_{name}") is None:
                 values[f"{prefix}yarn_beta_{name}"] = default
         if values.get(f"{prefix}original_context_length") is None:
             values[f"{prefix}original_context_length"] = fields.integer("context_length")
-        return RopeScaling(
-            "yarn",
-            fields.number(f"{prefix}factor"),
-            fields.number(f"{prefix}yarn_beta_slow"),
-            fields.number(f"{prefix}yarn_beta_fast"),
-            fields.integer(f"{prefix}original_context_length"),
-        )
+        names = ("factor", "yarn_beta_slow", "yarn_beta_fast", "original_context_length")
+        return ramp(fields, "yarn", *(f"{prefix}{name}" for name in names))
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         values: dict[str, Any] = {"rope.freq_base": float(config.rope_theta)}
@@ -243,7 +237,8 @@ class WindowKeys(Group):
 
     def read(self, fields: Fields, known: dict[str, Any]) -> dict[str, Any]:
         name, pattern = "attention.sliding_window", "attention.sliding_window_pattern"
-        fields.values[name] = fields.values.get(name, self.default)
+        if fields.values.get(name) is None:
+            fields.values[name] = self.default
         kinds, n = fields.values.get(pattern), known["n_layers"]
         if not fields.values[name]:
             return {}
@@ -259,7 +254,9 @@ class WindowKeys(Group):
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         if config.window is None:
-            return {}
+            # Where silence means a window, one as wide as the context says that there is none.
+            wide = {"attention.sliding_window": config.max_seq_len}
+            return {} if self.default is None else wide
         slides = [layer in config.window_layers for layer in range(config.n_layers)]
         values: dict[str, Any] = {"attention.sliding_window": config.window}
         if slides != [i % self.every < self.every - 1 for i in range(config.n_layers)]:
@@ -290,7 +287,7 @@ class ExpertKeys(Group):
     fields = dict.fromkeys(("expert_count", "expert_used_count", "expert_feed_forward_length"))
 
     def read(self, fields: Fields, known: dict[str, Any]) -> dict[str, Any]:
-        if fields.integer("expert_count") < fields.integer("expert_used_count"):
+        if fields.integer("expert_count", MOST_EXPERTS) < fields.integer("expert_used_count"):
             raise fields.refuse("expert_used_count", "at most 'expert_count'")
         experts = ExpertsConfig(
             n_experts=fields.integer("expert_count"),

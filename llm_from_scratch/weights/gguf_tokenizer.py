@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_from_scratch.core.errors import UserError, nearest
+from llm_from_scratch.core.errors import UserError, nearest, shown
 from llm_from_scratch.text.checks import Spec
 from llm_from_scratch.text.formats import added_token, bpe_spec
 from llm_from_scratch.text.inputs import template
@@ -58,7 +58,7 @@ def read_tokenizer(file: GGUF) -> Tokenizer | None:
         return None
     if kind not in DEFAULT_IDS:
         raise UserError(
-            f"{file.path}: 'tokenizer.ggml.model' is '{kind}'; vocabularies of the kinds "
+            f"{file.path}: 'tokenizer.ggml.model' is {shown(kind)}; vocabularies of the kinds "
             f"{', '.join(DEFAULT_IDS)} can be read.{nearest(kind, DEFAULT_IDS)} Take the model as "
             "a Hugging Face folder instead."
         )
@@ -98,6 +98,10 @@ def _spec(file: GGUF, kind: str, tokens: list[str], types: list[int]) -> Spec:
         types = [CONTROL if kind_ == UNKNOWN else kind_ for kind_ in types]
         types[unknown] = UNKNOWN
     charsmap = _get(file, "precompiled_charsmap", list, [])
+    if not all(isinstance(byte, int) for byte in charsmap):
+        raise UserError(
+            f"{file.path}: '{PREFIX}precompiled_charsmap' is not a list of bytes. Download it anew."
+        )
     return sentencepiece_spec(
         tokens,
         [float(score) for score in scores],

@@ -14,7 +14,7 @@ from typing import Any
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.text.checks import Spec
 from llm_from_scratch.text.formats import is_byte_level
-from llm_from_scratch.text.inputs import parts_of
+from llm_from_scratch.text.inputs import put_around
 from llm_from_scratch.text.sentencepiece_spec import (
     BYTE,
     CONTROL,
@@ -110,20 +110,10 @@ def _roles(tokenizer: Tokenizer) -> dict[str, Any]:
         if "cls_token_id" in values:
             values["bos_token_id"] = values["cls_token_id"]
         return values
-    first, last = _around(tokenizer)
+    first, last = put_around(tokenizer)
     values["add_bos_token"] = first and tokenizer.bos_id is not None
     values["add_eos_token"] = last and tokenizer.eos_id is not None
     return values
-
-
-def _around(tokenizer: Tokenizer) -> tuple[bool, bool]:
-    """Whether the bos token is put before a text, and the eos token behind it."""
-    parts = [what for what, _ in parts_of(tokenizer.spec.get("post_processor"), pair=False)]
-    text = parts.index("A")
-    before = [tokenizer.bos_id] in parts[:text]
-    after = [tokenizer.eos_id] in parts[text:]
-    config = tokenizer.config
-    return bool(config.get("add_bos_token", before)), bool(config.get("add_eos_token", after))
 
 
 # ------------------------------------------------------------------------- the four kinds

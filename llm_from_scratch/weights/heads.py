@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llm_from_scratch.core.errors import UserError, nearest
+from llm_from_scratch.core.errors import UserError, nearest, shown
 from llm_from_scratch.model.config import EncoderDecoderConfig, ModelConfig
 from llm_from_scratch.model.encoder import Encoder
 from llm_from_scratch.model.heads import (
@@ -33,7 +33,7 @@ from llm_from_scratch.weights.assemble import Model, put
 from llm_from_scratch.weights.catalogue import Report, to_stderr
 from llm_from_scratch.weights.config_json import LARGEST, Fields
 from llm_from_scratch.weights.families import FAMILIES, AnyConfig, Entry, Family, family_of
-from llm_from_scratch.weights.sentence_layout import read_layout
+from llm_from_scratch.weights.sentence_layout import is_embedder, read_layout
 
 ASKED = (
     "classification", "regression", "token_classification", "multiple_choice", "masked_lm",
@@ -69,15 +69,19 @@ def want(
 ) -> Wanted:
     """What is asked for, in the style of the family, given the content of the folder's config.json.
 
-    `asked` is one of `ASKED`, or None for what the folder's class is.
+    `asked` is one of `ASKED`, or None for what the folder is: an embedder where its `modules.json`
+    says so (whatever class the backbone was made from), else its class.
     """
     where = str(folder / "config.json") if folder is not None else family.name
     stored = _stored_kind(family, values, where)
+    if asked is None and stored not in LABELLED and is_embedder(folder):
+        asked = "embedding"
     if asked is None:
         if stored == "other":
             raise UserError(
-                f"{where}: 'architectures' is {values['architectures']!r}, which is not supported "
-                f"for {family.name}; ask for another head, or for the model alone with head='none'."
+                f"{where}: 'architectures' is {shown(values['architectures'])}, which is not "
+                f"supported for {family.name}; ask for another head, or for the model alone with "
+                "head='none'."
             )
         asked = stored if stored in HEADS else "none"
     if asked not in ASKED:
@@ -143,7 +147,7 @@ def _stored_kind(family: Family, values: Mapping[str, Any], where: str) -> str:
     """The kind of model that `architectures` names."""
     listed = values.get("architectures") or []
     if not isinstance(listed, list) or any(not isinstance(name, str) for name in listed):
-        raise UserError(f"{where}: 'architectures' is {listed!r}; it must be a list of names.")
+        raise UserError(f"{where}: 'architectures' is {shown(listed)}; it must be a list of names.")
     kinds = {name: kind for kind, name in family.classes.items()}
     for name in listed[:1]:
         if name.endswith("ForPreTraining") and "masked_lm" in family.classes:
@@ -306,7 +310,9 @@ def add_head(backbone: Backbone, head: str, labels: Labels = None, *, seed: int 
         backbone.add_pooler(seed)
     model = make_head(backbone, wanted.head)
     first = next(backbone.parameters())
-    model.to(device=first.device, dtype=first.dtype)
+    for name, part in model.named_children():
+        if name != "backbone":
+            part.to(device=first.device, dtype=first.dtype)
     if isinstance(model, ScoringHead):
         model.initialise(seed)
     return model.train(backbone.training)

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llm_from_scratch.core.errors import UserError
-from llm_from_scratch.core.json_files import read_json_object
+from llm_from_scratch.weights.stored import shard_files
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = "pytorch_model.bin"
@@ -60,19 +60,7 @@ def pickle_files(path: Path) -> list[Path]:
         return []
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
-    if not (path / INDEX).is_file():
-        return []
-    table = read_json_object(path / INDEX).get("weight_map")
-    if not isinstance(table, dict) or not table:
-        raise UserError(f"{path / INDEX} has no 'weight_map'; copy the model anew.")
-    names = sorted({str(name) for name in table.values()})
-    for name in names:
-        # An index must not lead out of its folder.
-        if Path(name).name != name or not name.endswith(".bin"):
-            raise UserError(f"{path / INDEX} names '{name}', which is not a shard's name.")
-        if not (path / name).is_file():
-            raise UserError(f"{path / INDEX} names {name}, which is missing.")
-    return [path / name for name in names]
+    return shard_files(path / INDEX, ".bin") if (path / INDEX).is_file() else []
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -133,9 +121,9 @@ def _shards(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 def _tensors(loaded: Any, path: Path) -> dict[str, Tensor]:
     """The state dict in what a file holds, each tensor an ordinary one on the CPU."""
-    places = [loaded] if isinstance(loaded, dict) else []
-    places += [loaded[name] for name in STATE_DICTS if places and name in loaded]
-    for place in places:
+    places = [loaded[name] for name in STATE_DICTS if isinstance(loaded, dict) and name in loaded]
+    # The whole comes last: beside its weights, a checkpoint may hold other tensors of training.
+    for place in (*places, loaded):
         found = {
             name: tensor.detach()
             for name, tensor in (place.items() if isinstance(place, dict) else ())

@@ -16,6 +16,7 @@ from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.core.json_files import read_json, read_json_object
 from llm_from_scratch.model.heads import HeadConfig, HeadStyle
 from llm_from_scratch.weights.config_json import Fields
+from llm_from_scratch.weights.stored import is_name
 
 MODULES = "modules.json"
 LENGTH = "sentence_bert_config.json"
@@ -33,6 +34,11 @@ ONE_FIELD = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 TYPE = "sentence_transformers.models."
 
 
+def is_embedder(folder: Path | None) -> bool:
+    """Whether the folder says how its states become one vector."""
+    return folder is not None and (folder / MODULES).is_file()
+
+
 def read_layout(folder: Path) -> HeadConfig | None:
     """The embedder that the folder describes; None where it has no `modules.json`.
 
@@ -47,11 +53,11 @@ def read_layout(folder: Path) -> HeadConfig | None:
     kinds = [str(step.get("type")).rpartition(".")[2] for step in steps]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise UserError(
-            f"{path} has the steps {', '.join(kinds)}; supported are Transformer, Pooling and, "
-            "after them, Normalize."
+            f"{path} has the steps {', '.join(kinds):.200}; supported are Transformer, Pooling "
+            "and, after them, Normalize. head='none' gives the model alone."
         )
     inner, place = (steps[i].get("path") for i in (0, 1))
-    if inner not in ("", None) or not isinstance(place, str) or Path(place).name != place:
+    if inner not in ("", None) or not is_name(place):
         raise UserError(
             f"{path}: the encoder must lie in the folder itself, and its pooling below."
         )
@@ -81,7 +87,7 @@ def _pooling(path: Path) -> str:
         found = ["mean"]
     if len(found) != 1 or found[0] not in ONE_FIELD.values():
         raise UserError(
-            f"{path} pools by {', '.join(found)}; supported is one of {', '.join(ONE_FIELD)}."
+            f"{path} pools by {', '.join(found):.200}; supported is one of {', '.join(ONE_FIELD)}."
         )
     return found[0]
 

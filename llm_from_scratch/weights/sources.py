@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from llm_from_scratch.core.config import from_dict, read_yaml
-from llm_from_scratch.core.device import pick_device
+from llm_from_scratch.core.device import PRECISIONS, pick_device
 from llm_from_scratch.core.errors import UserError, nearest
 from llm_from_scratch.model.heads import Head
 from llm_from_scratch.model.presets import ModelSettings, resolve
@@ -20,7 +20,7 @@ from llm_from_scratch.weights.config_json import check_sizes
 from llm_from_scratch.weights.folder import is_model_folder, load_folder
 from llm_from_scratch.weights.gguf_load import load_gguf
 from llm_from_scratch.weights.heads import Labels, add_head
-from llm_from_scratch.weights.pickles import SUFFIXES
+from llm_from_scratch.weights.pickles import SUFFIXES, pickle_files
 from llm_from_scratch.weights.stored import open_tensors
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -29,26 +29,27 @@ STEP = re.compile(r"step-[0-9]+")
 HUB_FILES = [
     "*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model", "*.spm", "LICENSE*",
 ]  # fmt: skip
+# What `convert` fetches where a hub folder has no safetensors; nothing else asks for a pickle.
+HUB_PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 # Of what lies in folders of its own only 1_Pooling, which says how an encoder makes embeddings.
 HUB_NOT = ["[!1]*/*", "1[!_]*/*"]
 STORED = "stored"  # a dtype: whatever the file has
+# By our names and by PyTorch's.
 DTYPES = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
+    name: dtype
+    for short, dtype in PRECISIONS.items()
+    for name in (short, str(dtype).removeprefix("torch."))
 }
 
 
-def locate(model: str | Path, report: Report = to_stderr) -> Path:
+def locate(model: str | Path, report: Report = to_stderr, *, pickles: bool = False) -> Path:
     """The folder or .gguf file on this machine that MODEL names, fetched first where necessary.
 
     In a run folder that is its `model/`, or its newest checkpoint while there is no model yet.
+    With `pickles`, of a hub name those are fetched where it has no safetensors.
     Raises `UserError` with the nearest name for what does not exist.
     """
-    name, path = str(model), Path(model).expanduser()
+    name, path = _named(model)
     if path.is_dir():
         return _inside(path)
     if path.is_file():
@@ -56,8 +57,18 @@ def locate(model: str | Path, report: Report = to_stderr) -> Path:
     if name in CATALOGUE:
         found = local_path(name)
         return found if found is not None else pull(name, report)
-    if HUB_NAME.fullmatch(name) and not path.parent.is_dir():
-        return _from_hub(name)
+    if is_hub_name(model):
+        folder = _from_hub(name)
+        if pickles and not any(folder.glob("*.safetensors")):
+            folder = _from_hub(name, [*HUB_FILES, *HUB_PICKLES])
+            if not pickle_files(folder):
+                raise UserError(
+                    f"The hub's '{name}' has its weights neither as safetensors nor as "
+                    "pytorch_model.bin; take another model, or a GGUF file of this one."
+                )
+        return folder
+    if path.exists():
+        raise UserError(f"{name} is neither a folder nor an ordinary file; name a model's folder.")
     if path.parent.is_dir() and path.parent != Path():
         siblings = [str(path.parent / entry.name) for entry in path.parent.iterdir()]
         raise UserError(f"There is no model at {name}.{nearest(name, siblings)}")
@@ -68,12 +79,26 @@ def locate(model: str | Path, report: Report = to_stderr) -> Path:
     )
 
 
+def is_hub_name(model: str | Path) -> bool:
+    """Whether MODEL is `org/name`, and nothing on this machine or in the catalogue is called so."""
+    name, path = str(model), Path(model).expanduser()
+    here = path.exists() or path.parent.is_dir() or name in CATALOGUE
+    return HUB_NAME.fullmatch(name) is not None and not here
+
+
+def _named(model: str | Path) -> tuple[str, Path]:
+    """MODEL as a name and as a path; an empty one would be the current folder."""
+    if model == "":
+        raise UserError("MODEL is empty; name a model folder, a .gguf file or a model.")
+    return str(model), Path(model).expanduser()
+
+
 def locate_description(model: str | Path, report: Report = to_stderr) -> Path:
     """The config.json, .gguf file or run's config.yaml that says what MODEL is.
 
     Of a hub name nothing else is fetched. A run is described before it has a model or checkpoint.
     """
-    path = Path(model).expanduser()
+    _, path = _named(model)
     if path.is_dir():
         run = path.parent.parent if _is_checkpoint(path) else path
         for name in ("config.json", "model/config.json", "config.yaml"):
@@ -81,7 +106,7 @@ def locate_description(model: str | Path, report: Report = to_stderr) -> Path:
                 return run / name
     if path.is_file() and (path.name == "config.json" or path.suffix in (".yaml", ".yml")):
         return path
-    if HUB_NAME.fullmatch(str(model)) and not path.exists() and not path.parent.is_dir():
+    if is_hub_name(model):
         return _from_hub(str(model), ["config.json"]) / "config.json"
     found = locate(model, report)
     return found if found.is_file() else found / "config.json"
@@ -242,6 +267,12 @@ def load(
     where = pick_device(device)
     wanted = None if dtype == STORED else as_dtype(dtype)
     path = locate(model)
+    if is_hub_name(model) and not any(path.glob("*.safetensors")):
+        raise UserError(
+            f"The hub's '{model}' has no safetensors; if it has its weights as pickles, turn them "
+            f"into a model folder once, which runs nothing: scratchlm convert {model} --to hf "
+            "--out NEW"
+        )
     if path.is_file():
         quick = where.type == "cuda" and computes_bf16(where)
         fallback = torch.bfloat16 if quick else torch.float32

@@ -11,14 +11,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.core.errors import UserError, shown
 from llm_from_scratch.core.json_files import read_json_object
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PRECISE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -28,11 +30,10 @@ class StoredTensors:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.files: dict[str, Any] = {}  # tensor name -> open file
         self.paths: dict[str, Path] = {}
-        for path in _weight_files(folder):
+        paths, table = _weight_files(folder)
+        for path in paths:
             try:
                 file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-            except FileNotFoundError:
-                raise UserError(f"{folder / INDEX} names {path.name}, which is missing.") from None
             except (SafetensorError, OSError, ValueError) as error:
                 raise UserError(
                     f"{path} is truncated or not a safetensors file ({error}); copy it anew."
@@ -42,13 +43,19 @@ class StoredTensors:
                     raise UserError(f"{path} repeats the tensor '{name}' of another shard.")
                 self.files[name] = file
                 self.paths[name] = path
+        for name, shard in table.items():
+            if name not in self.paths or self.paths[name].name != shard:
+                raise UserError(
+                    f"{folder / INDEX} says that the tensor {shown(name)} is in {shown(shard)}, "
+                    "where it is not; copy the model anew."
+                )
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.files[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
         tensor = self.files[name].get_tensor(name)
-        if not tensor.is_floating_point():
+        if tensor.dtype not in PRECISE:
             raise UserError(
                 f"{self.paths[name]}: '{name}' holds {tensor.dtype} numbers; quantised folders "
                 "cannot be read. Take the original model or a GGUF file."
@@ -63,19 +70,37 @@ def open_tensors(folder: Path) -> Iterator[StoredTensors]:
         yield StoredTensors(folder, stack)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def is_name(name: object) -> bool:
+    """Whether `name` is that of something directly in a folder, and does not lead out of it."""
+    return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
+
+
+def shard_files(index: Path, suffix: str) -> list[Path]:
+    """The files that an index of shards names; `UserError` for a broken index or a missing file."""
+    return [index.parent / name for name in sorted({*shard_table(index, suffix).values()})]
+
+
+def shard_table(index: Path, suffix: str) -> dict[str, str]:
+    """Tensor name -> file name, as an index of shards has it; `UserError` as in `shard_files`."""
+    table = read_json_object(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise UserError(f"{index} has no 'weight_map'; copy the model anew.")
+    names = sorted({str(name) for name in table.values()})
+    for name in names:
+        if not is_name(name) or not name.endswith(suffix):
+            raise UserError(f"{index} names {shown(name)}, which is not a shard's name.")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index} names {shown(name)}, which is missing.")
+    return {name: str(shard) for name, shard in table.items()}
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files with weights, and where their index says that each tensor is."""
     if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
+        return [folder / WEIGHTS], {}
     if (folder / INDEX).is_file():
-        table = read_json_object(folder / INDEX).get("weight_map")
-        if not isinstance(table, dict) or not table:
-            raise UserError(f"{folder / INDEX} has no 'weight_map'; copy the model anew.")
-        names = sorted({str(name) for name in table.values()})
-        for name in names:
-            # An index must not lead out of its folder.
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise UserError(f"{folder / INDEX} names '{name}', which is not a shard's name.")
-        return [folder / name for name in names]
+        table = shard_table(folder / INDEX, ".safetensors")
+        return [folder / name for name in sorted({*table.values()})], table
     for name in PICKLES:
         if (folder / name).is_file():
             raise UserError(

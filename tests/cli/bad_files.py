@@ -32,6 +32,7 @@ def prepare(folder: Path) -> None:
     _settings(folder)
     _models(folder)
     _ggufs(folder)
+    _vocabularies(folder)
 
 
 def _texts(folder: Path) -> None:
@@ -111,6 +112,14 @@ def _models(folder: Path) -> None:
         del tensors["model.norm.weight"]
         save_file(tensors, path / "model.safetensors")
 
+    def mixed(path: Path) -> None:
+        (path / "model.safetensors").rename(path / "model-1.safetensors")
+        table = {
+            "model.norm.weight": "model-1.safetensors",
+            "lm_head.weight": "model-1.safetensors",
+        }
+        _rewrite(path / "model.safetensors.index.json", {"weight_map": table})
+
     variant("cut-model", cut)
     variant("pickle-model", pickled)
     variant("trap-model", trapped)
@@ -119,6 +128,9 @@ def _models(folder: Path) -> None:
     variant("lacking-model", lacking)
     variant("strange-model", fields(model_type="lama", architectures=["LamaForCausalLM"]))
     variant("odd-model", fields(num_attention_heads=3))
+    variant("gemma-model", fields(model_type="gemma3"))
+    variant("t5-model", lambda path: _rewrite(path / "config.json", {"model_type": "t5"}))
+    variant("mixed-model", mixed)
     variant("mute-model", lambda path: (path / "tokenizer.json").unlink())
     variant("bare-model", lambda path: (path / "model.safetensors").unlink())
 
@@ -152,6 +164,10 @@ def _models(folder: Path) -> None:
     _halve(folder / "damaged" / "checkpoints" / "step-2" / "model.safetensors")
 
 
+def _rewrite(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values), "utf-8")
+
+
 def _halve(path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
@@ -163,9 +179,24 @@ def _ggufs(folder: Path) -> None:
 
     (folder / "empty.gguf").touch()
     (folder / "fake.gguf").write_bytes(b"<html>404 Not Found</html>")
+    (folder / "four.gguf").write_bytes(b"GGUF")
     (folder / "cut.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + b"\x14\x00")
     entry = word("general.architecture") + struct.pack("<I", 8) + word("mamba")
     (folder / "mamba.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry)
+
+
+def _vocabularies(folder: Path) -> None:
+    """Tokenizers in files of their own; the two bytes are a piece that never ends."""
+    japanese = {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "sudachi"}
+    for name, file, content, values in (
+        ("torn-t5", "spiece.model", b"\x0a\x05", {"tokenizer_class": "T5Tokenizer"}),
+        ("camembert", "spiece.model", b"\x0a\x00", {"tokenizer_class": "CamembertTokenizer"}),
+        ("nameless-bert", "vocab.txt", b"a\nb\n", {"tokenizer_class": "BertTokenizer"}),
+        ("sudachi-bert", "vocab.txt", b"[UNK]\n", japanese),
+    ):
+        (folder / name).mkdir()
+        (folder / name / file).write_bytes(content)
+        (folder / name / "tokenizer_config.json").write_text(json.dumps(values))
 
 
 def long_text() -> str:

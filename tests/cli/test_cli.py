@@ -19,6 +19,7 @@ from llm_from_scratch.cli import main as main_module
 from llm_from_scratch.cli.main import main, run, split_settings
 from llm_from_scratch.core.errors import RunError
 from llm_from_scratch.text.tokenizer import Tokenizer
+from llm_from_scratch.weights.gguf_architectures import ARCHITECTURES
 from tests.train.helpers import text
 
 SETTINGS = (
@@ -97,7 +98,8 @@ def test_a_run_is_a_tokenizer(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_models_lists_what_can_be_named(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(printed(["models", "--json"], capsys))
-    assert found.keys() == {"models", "families", "presets"}
+    assert found.keys() == {"models", "families", "gguf", "presets"}
+    assert [entry["name"] for entry in found["gguf"]] == list(ARCHITECTURES)
     assert "smollm2-135m" in {model["name"] for model in found["models"]}
     assert {family["name"] for family in found["families"]} >= {"llama", "qwen3", "gpt2"}
     plain = printed(["models"], capsys)

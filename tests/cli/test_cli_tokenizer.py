@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
+from rich.color import ColorSystem
+from rich.style import Style
 
 from llm_from_scratch.cli.main import run
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.text.chat_template import CHATML
+from llm_from_scratch.text.show import painted
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.text.training import train_tokenizer
 
@@ -80,6 +84,61 @@ def test_train_with_special_tokens(corpus: Path):
     tokenizer = train(corpus, *flags)
     assert tokenizer.special_tokens == {"<s>": 0, "</s>": 1, "<pad>": 2}
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
+
+
+def test_what_is_lost_or_replaced_is_said(corpus: Path, capsys: pytest.CaptureFixture[str]):
+    flags = ["--kind", "char", "--special", "--vocab_size", "9"]
+    tokenizer = train(corpus, *flags)
+    lost = len(set(TEXT)) - 8
+    assert tokenizer.vocab_size == 9 and tokenizer.unk_id is not None
+    said = capsys.readouterr().err
+    assert f"{lost} different characters of the text have no entry and become <|unk|>" in said
+    assert "Saved in" in said and "was replaced" not in said
+    train(corpus, "--kind", "char")
+    said = capsys.readouterr().err
+    assert "have no entry" not in said and "The tokenizer there was replaced:" in said
+    train(corpus, *flags, "--json")
+    result = json.loads(capsys.readouterr().out)
+    assert (result["characters_without_entry"], result["replaced"]) == (lost, True)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "wordpiece"])
+def test_in_a_pipe_progress_ends_at_the_total(
+    kind: str, corpus: Path, capsys: pytest.CaptureFixture[str]
+):
+    train(corpus, "--kind", kind, "--vocab_size", "285")
+    said = capsys.readouterr().err
+    words = f"counting words: {len(TEXT):,} of {len(TEXT):,} characters\n"
+    assert said.count(words) == 1
+    what = "pieces" if kind == "unigram" else "learning merges"
+    (last,) = re.findall(rf"{what}: ([\d,]+) of ([\d,]+) \w+\n", said)
+    assert last[0] == last[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--keep_case"], "--keep_case is for --kind wordpiece, not bpe"),
+        (["--no_unknown"], "--no_unknown is for --kind char, not bpe"),
+        (["--kind", "char", "--character_coverage", "1"], "unigram or wordpiece, not char"),
+        (["--kind", "wordpiece", "--no_byte_fallback"], "--kind unigram, not wordpiece"),
+        (["--min_count", "0"], "min_count is 0"),
+    ],
+)
+def test_flags_that_would_do_nothing(flags: list[str], message: str, corpus: Path):
+    with pytest.raises(UserError, match=message):
+        train(corpus, *flags)
+
+
+def test_neighbours_differ_in_every_terminal():
+    tokens = [(text, None) for text in ("a", "b", "c", "d", "e")]
+    for system in ("standard", "256", "truecolor", "windows"):
+        text = painted(tokens, system)
+        shown = [Style.parse(str(span.style)).bgcolor for span in text.spans]
+        able = ColorSystem[system.upper().replace("256", "EIGHT_BIT")]
+        kinds = [colour.downgrade(able) for colour in shown if colour]
+        assert len(set(kinds)) == 4 and kinds[0] == kinds[4]
+    assert painted(tokens, None).plain == "[a][b][c][d][e]"
 
 
 def test_show(corpus: Path, capsys: pytest.CaptureFixture[str]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -31,6 +32,7 @@ from llm_from_scratch.weights.gguf_save import save_gguf
 from tests.model.architectures import ARCHITECTURES, make
 from tests.train.helpers import config, text
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--device", "cpu", "--dtype", "fp32"]
 
 
@@ -213,4 +215,27 @@ def test_help_does_not_wait_for_torch() -> None:
 
 
 def test_numbers_for_people() -> None:
+    assert [human(x) for x in (999.7, 999.7e6, 999.4e6)] == ["1 k", "1 G", "999 M"]
     assert [human(x) for x in (0, 999, 1234, 2.5e9, 7e18)] == ["0", "999", "1.23 k", "2.5 G", "7 E"]
+
+
+def test_one_key_value_head_and_no_spaces_to_spare(capsys: pytest.CaptureFixture[str]) -> None:
+    folder_of("llama", "model")
+    (Path("model") / "model.safetensors").write_bytes(b"")
+    assert run(["info", "model", *SMALL]) == 0
+    said = capsys.readouterr().out
+    heads = ARCHITECTURES["llama"]
+    assert f"{heads.n_heads} query heads, {heads.n_kv_heads} key-value head" in said
+    lines = said.split("\n")
+    assert all(line == line.rstrip() and len(line) <= 100 for line in lines)
+    assert not re.search(r"\S  \S", lines[2]), lines[2]
+
+
+@pytest.mark.parametrize("language", ["en", "ja"])
+def test_the_page_shows_what_is_printed(language: str, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / language / "info.md").read_text("utf-8")
+    command = "scratchlm info --preset gpt2 --context 1024 --batch 8"
+    assert f"\n{command} " in page
+    (shown,) = re.findall(r"```text\n(gpt2: .*?)```", page, re.DOTALL)
+    assert run([*command.split()[1:], "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith(shown)

@@ -30,6 +30,7 @@ from tests.generate.test_tokens import Listening
 from tests.model.references_seq2seq import SEQ2SEQ, make_seq2seq
 
 SOURCES = [[5, 9, 2], [7], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [11, 12, 13, 14]]
+FIRST = "forced_bos_token_id"
 GREEDY = SamplingSettings(max_new_tokens=12, temperature=0.0)
 
 
@@ -120,6 +121,7 @@ def test_greedy_equals_transformers_generate(
         expected = theirs.generate(
             torch.tensor([source]), attention_mask=torch.ones(1, len(source), dtype=torch.long),
             do_sample=False, max_new_tokens=20, repetition_penalty=penalty, pad_token_id=0,
+            eos_token_id=model.config.end_id,
         )  # fmt: skip
         assert ids(by_row(model, [source], settings)[0]) == expected[0, 1:].tolist()
 
@@ -163,6 +165,37 @@ def test_what_marian_never_writes(tmp_path: Path) -> None:
     with torch.no_grad():
         model.logits_bias[end] = 0
     assert ids(by_row(model, [[1]])[0]) == [start] * 12
+
+
+@pytest.mark.parametrize("family", list(SEQ2SEQ))
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_a_beginning_that_is_forced(family: str, file: str, tmp_path: Path) -> None:
+    """As the library has it; generation_config.json counts before config.json."""
+    made(family, tmp_path / "m")
+    generation = tmp_path / "m" / "generation_config.json"
+    said = json.loads(generation.read_text("utf-8"))
+    said.pop("forced_bos_token_id", None)
+    generation.write_text(json.dumps(said), "utf-8")
+    path = tmp_path / "m" / file
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {FIRST: 9}), "utf-8")
+    model = load_folder(tmp_path / "m")[0]
+    assert isinstance(model, EncoderDecoder) and model.config.first_id == 9
+    save_folder(model, None, tmp_path / "ours")
+    assert load_folder(tmp_path / "ours")[0].config == model.config
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours")
+    rows = by_row(model, SOURCES)
+    for row, source in enumerate(SOURCES):
+        expected = theirs.generate(
+            torch.tensor([source]), attention_mask=torch.ones(1, len(source), dtype=torch.long),
+            do_sample=False, max_new_tokens=12, pad_token_id=0,
+        )  # fmt: skip
+        assert ids(rows[row]) == expected[0, 1:].tolist()
+        assert rows[row][0].token == 9
+    generation.write_text(json.dumps(said | {FIRST: 10_000}), "utf-8")
+    with pytest.raises(UserError, match=r"generation_config\.json: first_id is 10000"):
+        load_folder(tmp_path / "m")
+    generation.write_text(json.dumps(said | {FIRST: None}), "utf-8")
+    assert getattr(load_folder(tmp_path / "m")[0].config, "first_id", 0) is None
 
 
 def test_sources_that_cannot_be_read_are_refused(tmp_path: Path) -> None:

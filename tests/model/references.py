@@ -1,7 +1,7 @@
 """Tiny random decoders of the reference library, nothing in them at a value that hides a mistake.
 
-Every size differs from every other, so that a swapped axis cannot fit; contexts of 40 tokens go
-past every window and past the original length of every stretched context.
+Every size differs from every other (`test_references.py`), so that a swapped axis cannot fit;
+contexts of 40 tokens go past every window and past the original length of every stretched context.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ LLAMA3_ROPE = {
 }  # fmt: skip
 YARN = {
     "rope_type": "yarn", "rope_theta": 900.0, "factor": 3.0, "beta_fast": 4.0, "beta_slow": 0.5,
-    "original_max_position_embeddings": 16,
+    "original_max_position_embeddings": 17,
 }  # fmt: skip
 NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 SLIDE, FULL = "sliding_attention", "full_attention"
 # What every Llama-like class has.
 COMMON: dict[str, Any] = {
-    **NO_IDS, "vocab_size": 71, "hidden_size": 36, "intermediate_size": 52,
+    **NO_IDS, "vocab_size": 71, "hidden_size": 48, "intermediate_size": 52,
     "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
-    "hidden_act": "silu", "max_position_embeddings": 48, "rms_norm_eps": 3e-4,
+    "hidden_act": "silu", "max_position_embeddings": 51, "rms_norm_eps": 3e-4,
     "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0},
     "attention_dropout": 0.1, "initializer_range": 0.3, "use_cache": True,
 }  # fmt: skip
@@ -54,8 +54,8 @@ REFERENCES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "summary_first_dropout": 0.1,
     }),
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {
-        **NO_IDS, "vocab_size": 67, "hidden_size": 36, "num_hidden_layers": 3,
-        "num_attention_heads": 3, "intermediate_size": 52, "max_position_embeddings": 48,
+        **NO_IDS, "vocab_size": 67, "hidden_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "intermediate_size": 52, "max_position_embeddings": 51,
         "hidden_act": "gelu", "layer_norm_eps": 3e-4, "initializer_range": 0.3,
         "tie_word_embeddings": False, "attention_bias": True, "use_parallel_residual": True,
         "hidden_dropout": 0.1, "attention_dropout": 0.1, "classifier_dropout": 0.1,
@@ -78,7 +78,7 @@ REFERENCES: dict[str, tuple[str, str, dict[str, Any]]] = {
     }),
     "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {
         **COMMON, "head_dim": 10, "attention_bias": True, "num_hidden_layers": 4,
-        "decoder_sparse_step": 1, "mlp_only_layers": [1], "moe_intermediate_size": 20,
+        "decoder_sparse_step": 1, "mlp_only_layers": [1], "moe_intermediate_size": 24,
         "num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True,
         "router_aux_loss_coef": 0.02, "output_router_logits": False, "use_sliding_window": True,
         "sliding_window": 8,

@@ -19,7 +19,7 @@ IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": PAD}
 BERT: dict[str, Any] = {
     **IDS, "vocab_size": 67, "hidden_size": 36, "num_hidden_layers": 3, "num_attention_heads": 4,
     "intermediate_size": 52, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1, "max_position_embeddings": 50, "type_vocab_size": 3,
+    "attention_probs_dropout_prob": 0.1, "max_position_embeddings": 50, "type_vocab_size": 5,
     "initializer_range": 0.3, "layer_norm_eps": 3e-4, "classifier_dropout": 0.2, "use_cache": True,
     "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True,
 }  # fmt: skip

@@ -15,16 +15,16 @@ from tests.model.references import NO_IDS, randomise
 
 T5: dict[str, Any] = {
     **NO_IDS, "vocab_size": 71, "d_model": 36, "d_kv": 10, "d_ff": 52, "num_layers": 3,
-    "num_decoder_layers": 2, "num_heads": 6, "relative_attention_num_buckets": 10,
+    "num_decoder_layers": 2, "num_heads": 6, "relative_attention_num_buckets": 12,
     "relative_attention_max_distance": 20, "dropout_rate": 0.1, "layer_norm_epsilon": 3e-4,
     "initializer_factor": 3.0, "feed_forward_proj": "relu", "is_encoder_decoder": True,
     "use_cache": True, "classifier_dropout": 0.1, "is_decoder": False, "decoder_start_token_id": 4,
 }  # fmt: skip
 BART: dict[str, Any] = {
     **NO_IDS, "vocab_size": 71, "max_position_embeddings": 48, "encoder_layers": 3,
-    "encoder_ffn_dim": 52, "encoder_attention_heads": 6, "decoder_layers": 2,
+    "encoder_ffn_dim": 52, "encoder_attention_heads": 5, "decoder_layers": 2,
     "decoder_ffn_dim": 44, "decoder_attention_heads": 4, "encoder_layerdrop": 0.1,
-    "decoder_layerdrop": 0.1, "activation_function": "gelu", "d_model": 36, "dropout": 0.1,
+    "decoder_layerdrop": 0.1, "activation_function": "gelu", "d_model": 40, "dropout": 0.1,
     "attention_dropout": 0.1, "activation_dropout": 0.1, "init_std": 0.3, "scale_embedding": True,
     "use_cache": True, "is_encoder_decoder": True, "decoder_start_token_id": 4,
     "forced_eos_token_id": 5, "is_decoder": False, "tie_word_embeddings": True,

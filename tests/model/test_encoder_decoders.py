@@ -27,7 +27,7 @@ from tests.model.references_seq2seq import (
     make_seq2seq,
     seq2seq_classes,
 )
-from tests.model.test_model_parity import assert_close
+from tests.model.test_model_parity import assert_close, assert_same_states, outputs_of
 
 Pair = tuple[PreTrainedModel, EncoderDecoder]
 
@@ -54,9 +54,10 @@ def texts(model: EncoderDecoder, batch: int = 2) -> tuple[torch.Tensor, torch.Te
     return source, target
 
 
-def mask_of(lengths: tuple[int, ...], width: int) -> torch.Tensor:
-    """1 for text, 0 for the padding behind it."""
-    return (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+def mask_of(lengths: tuple[int, ...], width: int, side: str = "right") -> torch.Tensor:
+    """1 for text, 0 for the padding on this side of it."""
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    return mask.flip(1) if side == "left" else mask
 
 
 def assert_same_logits(theirs: PreTrainedModel, ours: EncoderDecoder) -> None:
@@ -85,46 +86,74 @@ def test_logits_of_our_folder(both: Pair, tmp_path: Path) -> None:
 def test_hidden_states(both: Pair) -> None:
     theirs, ours = both
     source, target = texts(ours)
-    states: dict[str, list[torch.Tensor]] = {"encoder": [], "decoder": []}
-    hooks = [
-        block.register_forward_hook(lambda _module, _args, out, side=side: states[side].append(out))
-        for side in states
-        for block in getattr(ours, side).blocks
-    ]
-    with torch.no_grad():
+    with (
+        torch.no_grad(),
+        outputs_of(ours.encoder.blocks) as reading,
+        outputs_of(ours.decoder.blocks) as writing,
+    ):
         encoded = ours.encoder(source)
-        final = {"encoder": encoded, "decoder": ours.hidden(target, encoded)}
+        last = ours.hidden(target, encoded)
         wanted = theirs(input_ids=source, decoder_input_ids=target, output_hidden_states=True)
-    for hook in hooks:
-        hook.remove()
-    assert_close(final["encoder"], wanted.encoder_last_hidden_state)
-    for side, found in states.items():
-        theirs_here = wanted[f"{side}_hidden_states"]
-        # Theirs: the embeddings, each block's output but the last, and the last behind its norm.
-        assert len(theirs_here) == getattr(ours.config, side).n_layers + 1
-        for got, want in zip([*found[:-1], final[side]], theirs_here[1:], strict=True):
-            assert_close(got, want)
+    assert_close(encoded, wanted.encoder_last_hidden_state)
+    assert_same_states(reading, encoded, wanted.encoder_hidden_states)
+    assert_same_states(writing, last, wanted.decoder_hidden_states)
 
 
-def test_padding_of_sources_and_targets(both: Pair) -> None:
+def assert_same_padded(both: Pair, mask: torch.Tensor, target_mask: torch.Tensor) -> None:
+    """Every block's states of both stacks, and the logits, of text among padding."""
     theirs, ours = both
     source, target = texts(ours, batch=3)
-    mask, target_mask = mask_of((40, 23, 5), 40), mask_of((7, 30, 16), 30)
-    with torch.no_grad():
+    with (
+        torch.no_grad(),
+        outputs_of(ours.encoder.blocks) as reading,
+        outputs_of(ours.decoder.blocks) as writing,
+    ):
         wanted = theirs(
             input_ids=source,
             attention_mask=mask,
             decoder_input_ids=target,
             decoder_attention_mask=target_mask,
-        ).logits
+            output_hidden_states=True,
+        )
+        encoded = ours.encoder(source, attention_mask=mask)
+        last = ours.hidden(target, encoded, attention_mask=mask, target_mask=target_mask)
+    seen = target_mask.bool()
+    assert_same_states(reading, encoded, wanted.encoder_hidden_states, mask.bool())
+    assert_same_states(writing, last, wanted.decoder_hidden_states, seen)
+    assert_close(ours.logits(last)[seen], wanted.logits[seen])
+
+
+def test_padding_of_sources_and_targets(both: Pair) -> None:
+    _, ours = both
+    source, target = texts(ours, batch=3)
+    mask, target_mask = mask_of((40, 23, 5), 40), mask_of((7, 30, 16), 30)
+    assert_same_padded(both, mask, target_mask)
+    with torch.no_grad():
         got = ours(source, target, attention_mask=mask, target_mask=target_mask)
         # The target's mask changes nothing for text, which does not see the padding behind it.
         without = ours(source, target, attention_mask=mask)
         alone = [ours(source[i : i + 1, :n], target[i : i + 1]) for i, n in enumerate((40, 23, 5))]
     seen = target_mask.bool()
-    assert_close(got[seen], wanted[seen])
-    assert_close(without[seen], wanted[seen])
+    assert_close(without[seen], got[seen])
     assert_close(torch.cat(alone), without)
+
+
+def test_padding_on_the_left(both: Pair) -> None:
+    """Text is what it is alone. The reference finds the same where positions are distances."""
+    theirs, ours = both
+    source, target = texts(ours, batch=3)
+    lengths, target_lengths = (40, 23, 5), (7, 30, 16)
+    mask = mask_of(lengths, 40, "left")
+    target_mask = mask_of(target_lengths, 30, "left")
+    if theirs.config.model_type in ("t5", "mt5"):
+        assert_same_padded(both, mask, target_mask)
+    with torch.no_grad():
+        got = ours(source, target, attention_mask=mask, target_mask=target_mask)
+        for row, (s, t) in enumerate(zip(lengths, target_lengths, strict=True)):
+            wanted = theirs(
+                input_ids=source[row : row + 1, -s:], decoder_input_ids=target[row : row + 1, -t:]
+            ).logits
+            assert_close(got[row : row + 1, -t:], wanted)
 
 
 @pytest.mark.parametrize("steps", [[1] * 30, [11, 1, 9, 1, 8]], ids=["one by one", "chunks"])
@@ -135,12 +164,18 @@ def test_through_the_cache(both: Pair, steps: list[int]) -> None:
     mask = mask_of((40, 17), 40)
     cache = KVCache(ours.config.decoder, batch=2, capacity=30)
     first, *rest = target.split(steps, 1)
-    with torch.no_grad():
-        wanted = theirs(input_ids=source, attention_mask=mask, decoder_input_ids=target).logits
+    with torch.no_grad(), outputs_of(ours.decoder.blocks) as found:
+        wanted = theirs(
+            input_ids=source,
+            attention_mask=mask,
+            decoder_input_ids=target,
+            output_hidden_states=True,
+        )
         encoded = ours.encoder(source, attention_mask=mask)
         parts = [ours.hidden(first, encoded, attention_mask=mask, cache=cache)]
         parts += [ours.hidden(part, cache=cache) for part in rest]
-        assert_close(ours.logits(torch.cat(parts, 1)), wanted)
+        assert_close(ours.logits(torch.cat(parts, 1)), wanted.logits)
+    assert_same_states(found, torch.cat(parts, 1), wanted.decoder_hidden_states)
 
 
 def test_rows_that_differ_and_leave(both: Pair) -> None:
@@ -267,7 +302,7 @@ def test_copies_of_the_embedding_are_taken_for_what_they_are(tmp_path: Path) -> 
     for name in ("lm_head", "model.encoder.embed_tokens", "model.decoder.embed_tokens"):
         tensors[f"{name}.weight"] = shared.clone()
     for side in ("encoder", "decoder"):
-        tensors[f"model.{side}.embed_positions.weight"] = torch.zeros(48, 36)
+        tensors[f"model.{side}.embed_positions.weight"] = torch.zeros(48, 40)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     ours, _ = load_folder(tmp_path)
     assert_same_logits(theirs, ours)  # type: ignore[arg-type]
@@ -298,7 +333,7 @@ def test_a_bart_without_the_bias_has_zeros(tmp_path: Path) -> None:
         ("mt5", {"decoder_start_token_id": -1}, "decoder_start_token_id"),
         ("bart", {"tie_word_embeddings": False}, "tie_word_embeddings"),
         ("bart", {"normalize_before": True}, "normalize_before"),
-        ("bart", {"decoder_attention_heads": 5}, "decoder_attention_heads"),
+        ("bart", {"decoder_attention_heads": 7}, "decoder_attention_heads"),
         ("bart", {"is_decoder": True}, "is_decoder"),
         ("bart", {"forced_eos_token_id": "end"}, "forced_eos_token_id"),
         ("marian", {"static_position_embeddings": False}, "static_position_embeddings"),

@@ -26,7 +26,8 @@ from tests.model.references_encoders import (
     padded,
     random_text,
 )
-from tests.model.test_model_parity import assert_close
+from tests.model.test_model_parity import assert_close, outputs_of
+from tests.model.test_model_parity import assert_same_states as assert_every_block
 
 Pair = tuple[PreTrainedModel, Encoder]
 WITH_POOLER = ("bert", "roberta", "xlm-roberta", "mpnet")
@@ -81,19 +82,10 @@ def test_states_of_our_folder(encoders: Pair, tmp_path: Path) -> None:
 def test_hidden_states(encoders: Pair) -> None:
     theirs, ours = encoders
     tokens = random_text(ours.config.vocab_size, 2, 40)
-    states: list[torch.Tensor] = []
-    hooks = [
-        block.register_forward_hook(lambda _module, _args, out: states.append(out))
-        for block in ours.blocks
-    ]
-    with torch.no_grad():
-        states.append(ours(tokens))
+    with torch.no_grad(), outputs_of(ours.blocks) as found:
+        last = ours(tokens)
         wanted = theirs(tokens, output_hidden_states=True).hidden_states
-    for hook in hooks:
-        hook.remove()
-    assert len(wanted) == ours.config.n_layers + 1
-    for got, want in zip([*states[:-2], states[-1]], wanted[1:], strict=True):
-        assert_close(got, want)
+    assert_every_block(found, last, wanted)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -103,13 +95,15 @@ def test_padding(encoders: Pair, side: str) -> None:
     text = random_text(ours.config.vocab_size, 4, 40)
     tokens, mask = padded(text, theirs.config.pad_token_id, side)
     told = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    with torch.no_grad():
+    with torch.no_grad(), outputs_of(ours.blocks) as found:
         wanted = theirs(
             tokens,
             attention_mask=mask,
+            output_hidden_states=True,
             **(told if theirs.config.model_type in ABSOLUTE and side == "left" else {}),
         )
         got = ours(tokens, attention_mask=mask)
+    assert_every_block(found, got, wanted.hidden_states, mask.bool())
     assert_close(got[mask.bool()], wanted.last_hidden_state[mask.bool()])
     if ours.config.pooler and side == "right":
         assert_close(ours.pooled(got, mask), wanted.pooler_output)
@@ -159,9 +153,14 @@ def test_windows_look_both_ways(tmp_path: Path) -> None:
     assert moved.nonzero().flatten().tolist() == list(range(7, 14))
 
 
-def test_gradients(encoders: Pair) -> None:
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_gradients(encoders: Pair, side: str) -> None:
     theirs, ours = encoders
-    tokens, mask = padded(random_text(67, 3, 40), theirs.config.pad_token_id)
+    tokens, mask = padded(random_text(67, 3, 40), theirs.config.pad_token_id, side)
+    if side == "none":
+        tokens, mask = random_text(67, 3, 40), torch.ones_like(mask)
+    told = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    told = told if theirs.config.model_type in ABSOLUTE and side == "left" else {}
     target = torch.randn(3, 40, ours.config.d_model, generator=torch.Generator().manual_seed(3))
 
     def loss(states: torch.Tensor) -> torch.Tensor:
@@ -169,7 +168,7 @@ def test_gradients(encoders: Pair) -> None:
 
     theirs.zero_grad()
     ours.zero_grad()
-    loss(theirs(tokens, attention_mask=mask).last_hidden_state).backward()
+    loss(theirs(tokens, attention_mask=mask, **told).last_hidden_state).backward()
     loss(ours(tokens, attention_mask=mask)).backward()
     family = FAMILIES[ours.config.family]
     gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}

@@ -278,3 +278,13 @@ def test_report_refuses_what_it_cannot_report_on() -> None:
         router_report(Decoder(mixture_config(layers=())), [torch.zeros(1, 2, dtype=torch.long)])
     with pytest.raises(UserError, match="no token"):
         router_report(mixture(), [])
+    model = mixture().train()
+    with pytest.raises(UserError, match="999 tokens were given"):
+        router_report(model, [torch.zeros(1, 999, dtype=torch.long)])
+    assert model.training
+
+
+@pytest.mark.parametrize(("name", "value"), [("n_active", 8), ("n_active", 0), ("d_ff", 0)])
+def test_impossible_mixtures_are_refused(name: str, value: int) -> None:
+    with pytest.raises(UserError, match=f"experts.{name}"):
+        mixture_config(**{name: value})

@@ -146,7 +146,8 @@ def assert_same_gradients(theirs: PreTrainedModel, ours: Head, labels: torch.Ten
         got = put_together(entry, [gradients[name] for name in entry.ours], ours.stack.n_heads)
         want = wanted[name_in_class(family, ours, entry.theirs)]
         scale = want.abs().max() + 1e-3 * largest
-        torch.testing.assert_close(got / scale, want / scale, atol=1e-4, rtol=0)
+        # The reference's own gradients are up to 2e-4 from those that it computes in fp64.
+        torch.testing.assert_close(got / scale, want / scale, atol=3e-4, rtol=0)
 
 
 def test_loss_and_gradients(headed: Pair) -> None:
@@ -181,6 +182,16 @@ def test_labels_must_fit_the_scores() -> None:
     head = HeadConfig("classification", labels=("a", "b"), problem_type=PROBLEMS[2])
     with pytest.raises(UserError, match=r"labels have the shape \(4, 3\), the scores \(4, 2\)"):
         head_loss(torch.zeros(4, 2), torch.zeros(4, 3), head)
+    one = HeadConfig("classification", labels=("a", "b"), problem_type=PROBLEMS[1])
+    for labels, message in (
+        (torch.tensor([0, 1, 1]), r"the shape \(3,\) .* one whole number for each row"),
+        (torch.zeros(4), "torch.float32"),
+        (torch.tensor([0, 1, 2, 0]), "A label is 2, but there are 2 scores"),
+        (torch.tensor([0, -1, 1, 0]), "A label is -1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            head_loss(torch.zeros(4, 2), labels, one)
+    assert head_loss(torch.zeros(2, 2), torch.tensor([1, -100]), one).count == 1
 
 
 def test_losses_are_sums() -> None:
@@ -588,7 +599,10 @@ def test_the_layout_of_sentence_embeddings(tmp_path: Path) -> None:
     pooling.write_text('{"embedding_dimension": 36, "pooling_mode": "lasttoken"}')
     last, _ = load_folder(tmp_path, head="embedding")
     assert isinstance(last, Embedder) and last.head_config.style.pooling == "last"
-    assert isinstance(load_folder(tmp_path)[0], Encoder)
+    plain, _ = load_folder(tmp_path, head="none")
+    assert isinstance(plain, Encoder)
+    unasked, _ = load_folder(tmp_path)  # the folder says what it is for
+    assert isinstance(unasked, Embedder) and unasked.head_config == last.head_config
     for text, message in (
         ('{"pooling_mode_max_tokens": true}', "pools by max; supported"),
         ('{"pooling_mode": ["cls", "mean"]}', "pools by cls, mean"),
@@ -600,7 +614,8 @@ def test_the_layout_of_sentence_embeddings(tmp_path: Path) -> None:
     modules.insert(2, {**modules[1], "type": "sentence_transformers.models.Dense"})
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(UserError, match="the steps Transformer, Pooling, Dense, Normalize"):
-        load_folder(tmp_path, head="embedding")
+        load_folder(tmp_path)
+    assert isinstance(load_folder(tmp_path, head="none")[0], Encoder)
     (tmp_path / "modules.json").write_text("{}")
     with pytest.raises(UserError, match="not a list of steps"):
         load_folder(tmp_path, head="embedding")

@@ -125,7 +125,8 @@ def test_a_full_cache_and_a_long_text_are_refused(pair: Pair, tokens_for: Tokens
     model(tokens_for(model, batch=1, length=8), cache=cache)
     with pytest.raises(UserError, match="context is full"):
         model(tokens_for(model, batch=1, length=1), cache=cache)
-    with pytest.raises(UserError, match="49 tokens were given"):
-        model(tokens_for(model, batch=1, length=49))
-    with pytest.raises(UserError, match="cache of 49 positions"):
-        KVCache(model.config, capacity=49)
+    more = model.config.max_seq_len + 1
+    with pytest.raises(UserError, match=f"{more} tokens were given"):
+        model(tokens_for(model, batch=1, length=more))
+    with pytest.raises(UserError, match=f"cache of {more} positions"):
+        KVCache(model.config, capacity=more)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -61,39 +62,70 @@ def test_logits_of_our_folder(pair: Pair, tmp_path: Path) -> None:
     assert again.config == ours.config
 
 
+@contextmanager
+def outputs_of(blocks: Iterable[torch.nn.Module]) -> Iterator[list[list[torch.Tensor]]]:
+    """What each block returns, a list per block, for as long as this is open."""
+    found: list[list[torch.Tensor]] = []
+    hooks = []
+    for block in blocks:
+        mine: list[torch.Tensor] = []
+        found.append(mine)
+        # The list is bound here: all blocks would share the last one.
+        hooks.append(block.register_forward_hook(lambda _m, _a, out, mine=mine: mine.append(out)))
+    yield found
+    for hook in hooks:
+        hook.remove()
+
+
+def assert_same_states(
+    found: list[list[torch.Tensor]],
+    last: torch.Tensor,
+    wanted: tuple[torch.Tensor, ...],
+    seen: torch.Tensor | None = None,
+) -> None:
+    """Every block's output, piece after piece in time; `seen` (b, t) is True for text.
+
+    `wanted` holds the embeddings, each block's output but the last, and the last behind its norm.
+    """
+    assert len(wanted) == len(found) + 1
+    got = [*(torch.cat(pieces, 1) for pieces in found[:-1]), last]
+    for mine, theirs in zip(got, wanted[1:], strict=True):
+        at = slice(None) if seen is None else seen
+        assert_close(mine[at], theirs[at])
+
+
+def padding(side: str, *lengths: int) -> torch.Tensor:
+    """(b, 40): 1 for text, 0 for the padding on this side of it."""
+    mask = (torch.arange(40) < torch.tensor(lengths)[:, None]).long()
+    return mask.flip(1) if side == "left" else mask
+
+
+def told(mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the reference must be given of padding: without positions it would count it."""
+    return {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
 def test_hidden_states(pair: Pair, tokens_for: Tokens) -> None:
     theirs, ours = pair
     tokens = tokens_for(ours)
-    states: list[torch.Tensor] = []
-    hooks = [
-        block.register_forward_hook(lambda _module, _args, out: states.append(out))
-        for block in ours.blocks
-    ]
-    with torch.no_grad():
-        states.append(ours.hidden(tokens))
+    with torch.no_grad(), outputs_of(ours.blocks) as found:
+        last = ours.hidden(tokens)
         wanted = theirs(tokens, output_hidden_states=True).hidden_states
-    for hook in hooks:
-        hook.remove()
-    # Theirs: the embeddings, each block's output but the last, and the last behind its norm.
-    assert len(wanted) == ours.config.n_layers + 1
-    for got, want in zip([*states[:-2], states[-1]], wanted[1:], strict=True):
-        assert_close(got, want)
+    assert_same_states(found, last, wanted)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(pair: Pair, side: str, tokens_for: Tokens) -> None:
+    """Every block's states, and the logits."""
     theirs, ours = pair
-    tokens = tokens_for(ours, batch=3)
-    mask = torch.ones_like(tokens)
-    for row, length in enumerate((40, 23, 5)):
-        mask[row, length:] = 0
-    if side == "left":
-        mask = mask.flip(1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        wanted = theirs(tokens, attention_mask=mask, position_ids=positions).logits
+    tokens, mask = tokens_for(ours, batch=3), padding(side, 40, 23, 5)
+    with torch.no_grad(), outputs_of(ours.blocks) as found:
+        wanted = theirs(tokens, **told(mask), output_hidden_states=True)
+        last = ours.hidden(tokens, document_ids_bt=mask)
         got = ours(tokens, document_ids_bt=mask)
-    assert_close(got[mask.bool()], wanted[mask.bool()])
+    found = [pieces[:1] for pieces in found]
+    assert_same_states(found, last, wanted.hidden_states, mask.bool())
+    assert_close(got[mask.bool()], wanted.logits[mask.bool()])
 
 
 @pytest.mark.parametrize("steps", [[1] * 40, [11, 1, 1, 9, 1, 17]], ids=["one by one", "chunks"])
@@ -101,10 +133,11 @@ def test_through_the_cache(pair: Pair, steps: list[int], tokens_for: Tokens) -> 
     theirs, ours = pair
     tokens = tokens_for(ours)
     cache = KVCache(ours.config, batch=2)
-    with torch.no_grad():
-        wanted = theirs(tokens).logits
-        got = torch.cat([ours(part, cache=cache) for part in tokens.split(steps, 1)], 1)
-    assert_close(got, wanted)
+    with torch.no_grad(), outputs_of(ours.blocks) as found:
+        wanted = theirs(tokens, output_hidden_states=True)
+        last = torch.cat([ours.hidden(part, cache=cache) for part in tokens.split(steps, 1)], 1)
+        assert_close(ours.logits(last), wanted.logits)
+    assert_same_states(found, last, wanted.hidden_states)
 
 
 def test_rows_of_different_lengths_in_the_cache(pair: Pair, tokens_for: Tokens) -> None:
@@ -123,17 +156,25 @@ def test_rows_of_different_lengths_in_the_cache(pair: Pair, tokens_for: Tokens) 
             assert_close(got[:, 0], wanted[torch.arange(3), here])
 
 
-def test_gradients(pair: Pair, tokens_for: Tokens) -> None:
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_gradients(pair: Pair, side: str, tokens_for: Tokens) -> None:
+    """Of a loss over the text: padding adds nothing."""
     theirs, ours = pair
     tokens = tokens_for(ours)
+    mask = padding(side, *((40, 40) if side == "none" else (40, 17)))
+    text = (mask[:, 1:] * mask[:, :-1]).bool()  # a token of text, and one to be told from it
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        return F.cross_entropy(logits[:, :-1][text], tokens[:, 1:][text])
 
     theirs.zero_grad()
     ours.zero_grad()
-    loss(theirs(tokens).logits).backward()
-    loss(ours(tokens)).backward()
+    if side == "none":
+        loss(theirs(tokens).logits).backward()
+        loss(ours(tokens)).backward()
+    else:
+        loss(theirs(tokens, **told(mask)).logits).backward()
+        loss(ours(tokens, document_ids_bt=mask)).backward()
     family = FAMILIES[theirs.config.model_type]
     gradients = {name: p.grad for name, p in ours.named_parameters()}
     wanted = dict(stored_gradients(theirs))

@@ -28,6 +28,18 @@ def test_short_equals_by_hand(b: int, h: int, t: int, masked: bool, seed: int) -
     torch.testing.assert_close(attend_short(q, k, v, mask, 0.0), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_what_sees_nothing_becomes_zero_as_in_the_fused_kernel() -> None:
+    q, k, v = (made(i, 2, 2, 5, 8).bfloat16().requires_grad_() for i in range(3))
+    mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    mask[1] = False
+    y = attend(q, k, v, mask, causal=False)
+    fused = attend(q.float(), k.float(), v.float(), mask, causal=False)
+    assert not y[1].any() and not fused[1].any()
+    torch.testing.assert_close(y.float(), fused, atol=0.02, rtol=0.02)
+    for grad in torch.autograd.grad(y.float().square().sum(), (q, k, v)):
+        assert grad.isfinite().all() and not grad[1].any() and grad[0].any()
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_bf16_gradients_are_near_those_of_fp32(kv_heads: int) -> None:
     grads = {}

@@ -13,7 +13,14 @@ from tokenizers import models
 
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.text.formats import added_token
-from llm_from_scratch.text.inputs import Encoded, assemble, cut_to, parts_of, template
+from llm_from_scratch.text.inputs import (
+    Encoded,
+    assemble,
+    cut_to,
+    parts_of,
+    put_around,
+    template,
+)
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.text.training import train_tokenizer
 from llm_from_scratch.text.wordpiece_spec import wordpiece_spec
@@ -168,3 +175,26 @@ def test_recipes_that_make_no_sense_are_refused() -> None:
 def test_tokens_that_a_vocabulary_lacks_are_left_out() -> None:
     found = template("cls A sep", "cls A sep B sep", ROLES, {"[SEP]": 3}, False)
     assert parts_of(found, False) == [("A", 0), ([3], 0)]
+
+
+def test_whether_a_text_begins_with_bos_and_ends_with_eos() -> None:
+    """Whatever kind of recipe says it, unless the config says otherwise."""
+    roles = {"bos_token": "[CLS]", "eos_token": "[SEP]"}
+    assert put_around(bert()) == (False, False)  # [CLS] is no bos there
+    tokenizer = bert(**roles)
+    around, step = tokenizer.spec["post_processor"], {"type": "ByteLevel"}
+    pair = {"sep": ["[SEP]", 3], "cls": ["[CLS]", 2]}
+    for recipe, wanted in (
+        (around, (True, True)),
+        (
+            {"type": "Sequence", "processors": [step, tokenizer.spec["post_processor"]]},
+            (True, True),
+        ),
+        ({"type": "RobertaProcessing", **pair}, (True, True)),
+        (template("A sep", "A B sep", ROLES, IDS, False), (False, True)),
+        (step, (False, False)),
+        (None, (False, False)),
+    ):
+        tokenizer.spec["post_processor"] = recipe
+        assert put_around(tokenizer) == wanted
+    assert put_around(bert(**roles, add_bos_token=False)) == (False, True)

@@ -246,7 +246,15 @@ PIECE = text_field(1, text_field(1, b"a") + field(2, 5, b"\0\0\x80\xbf"))
         (UNKNOWN + PIECE + PIECE, "same piece twice"),
         (text_field(1, text_field(1, b"\xff")), "a piece is not UTF-8"),
         (text_field(1, text_field(1, b"")), "piece 0 is empty"),
-        (text_field(1, text_field(1, b"x" * 5000)), "thousands of bytes long"),
+        (text_field(1, text_field(1, b"x" * 257)), "longer than 256 bytes"),
+        (
+            UNKNOWN + text_field(1, text_field(1, b"abc") + field(3, 0, b"\x06")),
+            "stands for a byte",
+        ),
+        (
+            b"".join(text_field(1, text_field(1, b"%04d" % i + b"x" * 252)) for i in range(2050)),
+            "pieces are far too long",
+        ),
         (text_field(1, text_field(1, b"a") + field(2, 5, b"\0\0\xc0\x7f")), "no sound score"),
         (text_field(1, text_field(1, b"a") + field(2, 1, bytes(8))), "number of 4 bytes"),
         (text_field(1, text_field(1, b"a") + field(3, 0, b"\x63")), "no sound score or type"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +13,8 @@ from llm_from_scratch.data.loader import Batch
 from llm_from_scratch.model.config import EncoderDecoderConfig, ModelConfig
 from llm_from_scratch.model.inventory import AnyConfig, parameter_count
 from llm_from_scratch.model.memory import Pass
-from llm_from_scratch.train.losses import chunked_cross_entropy_sum
+from llm_from_scratch.train.losses import CHUNK, is_chunked
 from llm_from_scratch.train.memory import (
-    CHUNK,
-    CHUNKED_FROM,
-    is_chunked,
     loss_bytes,
     optimizer_bytes,
     optimizer_work_bytes,
@@ -108,15 +104,27 @@ def test_a_step_holds_activations_and_logits(
 
 
 def test_chunks_are_those_of_the_loss() -> None:
-    default = inspect.signature(chunked_cross_entropy_sum).parameters["chunk"].default
-    assert (default, 1024) == (CHUNK, CHUNKED_FROM)
     softcapped = ARCHITECTURES["gemma2"]
     assert isinstance(softcapped, ModelConfig)
     assert not is_chunked(replace(softcapped, vocab_size=5000))
     # Chunks of a known size: more tokens than one chunk do not take more.
     config = ARCHITECTURES["llama-d192"]
+    assert 640 < CHUNK < 2 * 640
     one, many = (loss_bytes(config, Pass(b, 640))[1] for b in (2, 40))
     assert one == many
+
+
+def test_scaled_logits_come_in_chunks_of_the_same_loss() -> None:
+    config = without_dropout(with_vocabulary(ARCHITECTURES["llama-d192"], 1500))
+    assert isinstance(config, ModelConfig)
+    config = replace(config, scale_logits=True)
+    assert is_chunked(config)
+    model = make(config)
+    chunked, plain = (loss_of(model.train(on), config, 2, 24) for on in (True, False))
+    torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=0)
+    real = held(model.train(), lambda: loss_of(model, config, 2, 24))
+    memory = training_memory(config, run_of(config, 2, 24, torch.float32))
+    assert sum(memory.activations.values()) + memory.logits_held == pytest.approx(real, rel=0.01)
 
 
 CASES = [

@@ -34,7 +34,9 @@ def tiny(seed: int = 0) -> EncoderDecoder:
     )  # fmt: skip
     decoder = dataclasses.replace(encoder, causal=True, cross_attention=True)
     model = EncoderDecoder(
-        EncoderDecoderConfig(encoder, decoder, START, END, writes_start=False, logits_bias=True)
+        EncoderDecoderConfig(
+            encoder, decoder, START, end_id=END, writes_start=False, logits_bias=True
+        )
     )
     model.initialise(seed)
     return model

@@ -20,9 +20,11 @@ from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.core.files import ASIDE
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.weights import sources
-from llm_from_scratch.weights.convert import convert
+from llm_from_scratch.weights.convert import _unpickled, convert
 from llm_from_scratch.weights.folder import save_folder
+from llm_from_scratch.weights.heads import add_head
 from llm_from_scratch.weights.sources import load
+from tests.model.references_seq2seq import make_seq2seq
 
 TOKENS = torch.tensor([[3, 17, 250, 8, 9, 9, 1]])
 
@@ -123,10 +125,55 @@ def test_a_sentence_embedder_keeps_its_pooling(folder: Path) -> None:
     save_folder(model, tokenizer, "embedder")
     convert("embedder", "gguf", "model.gguf", kind="F32")
     back, _ = load("model.gguf")
+    assert type(back) is type(load("embedder")[0]) is type(model)
     assert back.head_config.style.pooling == model.head_config.style.pooling
     with torch.inference_mode():  # llama.cpp scales embeddings to length 1, always
         wanted = torch.nn.functional.normalize(model(TOKENS), dim=-1)
         torch.testing.assert_close(back(TOKENS), wanted)
+
+
+def test_a_gguf_of_half_precision_stays_one(folder: Path) -> None:
+    Path("again").mkdir()
+    for kind, dtype in (("F16", "float16"), ("BF16", "bfloat16")):
+        convert(folder, "gguf", "half.gguf", kind=kind)
+        assert convert("half.gguf", "hf", "half").kind == dtype
+        assert load_file("half/model.safetensors")["model.norm.weight"].dtype == getattr(
+            torch, dtype
+        )
+        assert convert("half.gguf", "gguf", "again/half.gguf").kind == kind
+        assert Path("again/half.gguf").read_bytes() == Path("half.gguf").read_bytes()
+        assert convert("half.gguf", "hf", "full", dtype="fp32").kind == "float32"
+        assert convert("half.gguf", "gguf", "full.gguf", kind="F32").kind == "F32"
+
+
+@pytest.mark.parametrize("pickled_too", [False, True])
+def test_a_pooling_in_another_place_is_written_where_all_look(
+    pickled_too: bool, folder: Path
+) -> None:
+    model, tokenizer = load(folder, head="embedding")
+    source = Path("embedder")
+    save_folder(model, tokenizer, source)
+    (source / "1_Pooling").rename(source / "Pooling")
+    steps = json.loads((source / "modules.json").read_text())
+    steps[1]["path"] = "Pooling"
+    (source / "modules.json").write_text(json.dumps(steps))
+    if pickled_too:
+        torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+        (source / "model.safetensors").unlink()
+    convert(source, "hf", "out")
+    assert Path("out/1_Pooling/config.json").is_file() and not Path("out/Pooling").exists()
+    back = load("out")[0]
+    assert (
+        back.head_config == model.head_config or back.head_config.style == model.head_config.style
+    )
+    with torch.inference_mode():
+        assert torch.equal(back(TOKENS), model(TOKENS))
+
+
+def test_both_vocabularies_of_a_pickled_translator_are_at_hand(pickled: Path) -> None:
+    (pickled / "target_vocab.json").write_text("{}", "utf-8")
+    with _unpickled(pickled, [pickled / "pytorch_model.bin"], Path("out")) as place:
+        assert (place / "target_vocab.json").is_file()
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "old"])
@@ -213,3 +260,52 @@ def test_what_does_not_fit_together(folder: Path, pickled: Path, tmp_path: Path)
             convert(model, to, out, kind=kind, dtype=dtype)
     assert Path("notes/notes.txt").is_file() and Path("text.gguf").read_text() == "not a GGUF"
     assert logits(folder).isfinite().all() and not left_behind(tmp_path)
+
+
+def test_pickles_are_fetched_from_the_hub_where_there_is_nothing_else(
+    pickled: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    fetched: list[list[str]] = []
+
+    def download(name: str, **options: Any) -> str:
+        """What the patterns allow of the repository."""
+        there = [path.name for path in pickled.iterdir() if path.is_file()]
+        patterns = {key: options[key] for key in ("allow_patterns", "ignore_patterns")}
+        fetched.append(list(huggingface_hub.utils.filter_repo_objects(there, **patterns)))
+        for path in fetched[-1]:
+            Path("cache").mkdir(exist_ok=True)
+            shutil.copy(pickled / path, Path("cache") / path)
+        return "cache"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    convert("some-org/old", "hf", "out")
+    assert torch.equal(logits("out"), logits(folder))
+    assert [("pytorch_model.bin" in names) for names in fetched] == [False, True]
+    fetched.clear()
+    (pickled / "pytorch_model.bin").rename(pickled / "pytorch_model.tmp")
+    shutil.copy(folder / "model.safetensors", pickled)
+    convert("some-org/old", "hf", "out")
+    assert len(fetched) == 1  # with safetensors no pickle is asked for
+
+
+@pytest.mark.parametrize("what", ["t5", "head", "family"])
+def test_what_a_gguf_cannot_hold_is_refused_before_a_weight_is_read(
+    what: str, tmp_path: Path, make_model: Callable[..., Any], tokenizer: Tokenizer
+) -> None:
+    path = tmp_path / "unfit"
+    if what == "t5":
+        make_seq2seq("t5").save_pretrained(path)
+    else:
+        model = make_model(family="mistral" if what == "head" else "gpt2")
+        head = add_head(model, "classification", 3) if what == "head" else model
+        save_folder(head, tokenizer, path)
+    if what == "family":
+        values = json.loads((path / "config.json").read_text("utf-8"))
+        values["activation_function"] = "relu"
+        (path / "config.json").write_text(json.dumps(values), "utf-8")
+    said: list[str] = []
+    with pytest.raises(UserError, match="GGUF"):
+        convert(path, "gguf", "new.gguf", report=said.append)
+    assert said == []

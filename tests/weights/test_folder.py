@@ -16,8 +16,9 @@ from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.model.config import ModelConfig, RopeScaling
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.text.tokenizer import Tokenizer
-from llm_from_scratch.weights.families import family_of
+from llm_from_scratch.weights.families import family_of, read_config
 from llm_from_scratch.weights.folder import load_folder, save_folder
+from tests.model.references_seq2seq import make_seq2seq
 
 Make = Callable[..., Decoder]
 TOKENS = torch.arange(30)[None] * 7 % 251
@@ -227,7 +228,7 @@ def test_folders_that_are_not_whole(make_model: Make, tokenizer: Tokenizer, tmp_
     index.write_text('{"weight_map": {"a": "../../secret.safetensors"}}', encoding="utf-8")
     refused(folder, "not a shard's name")
     index.write_text('{"weight_map": {"a": "model-1.safetensors"}}', encoding="utf-8")
-    refused(folder, "model-1.safetensors, which is missing")
+    refused(folder, "model-1.safetensors', which is missing")
     (folder / "config.json").write_text('{"model_type":\n "llama",,}', encoding="utf-8")
     refused(folder, "line 2 is not valid JSON")
     (folder / "config.json").write_text("[]", encoding="utf-8")
@@ -281,6 +282,37 @@ def test_saving_never_deletes_what_is_not_a_model(make_model: Make, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("tokenizer_corpus/precious.txt", "holds 'tokenizer_corpus', which is no part"),
+        ("1_Pooling/precious.txt", "holds '1_Pooling', which is no part"),
+        ("tokenizer.notes", r"holds 'tokenizer\.notes', which is no part"),
+        ("ja.model", r"holds 'ja\.model' but no config\.json"),
+        ("target_vocab.json", r"holds 'target_vocab\.json' but no config\.json"),
+    ],
+)
+def test_what_only_looks_like_a_part_of_a_model(
+    name: str, words: str, make_model: Make, tmp_path: Path
+) -> None:
+    path = tmp_path / "m" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("years of work", encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        save_folder(make_model(), None, tmp_path / "m")
+    assert path.read_text(encoding="utf-8") == "years of work"
+
+
+def test_every_file_of_a_model_may_be_replaced(make_model: Make, tmp_path: Path) -> None:
+    """Also the second vocabulary of a translator, and how an embedder pools."""
+    save_folder(make_model(), None, tmp_path / "m")
+    for name in ("target_vocab.json", "source.spm", "1_Pooling/config.json", "modules.json"):
+        (tmp_path / "m" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "m" / name).write_text("{}", encoding="utf-8")
+    save_folder(make_model(), None, tmp_path / "m")
+    assert not (tmp_path / "m" / "target_vocab.json").exists()
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"position": "sinusoidal"},
@@ -300,3 +332,51 @@ def test_what_no_class_can_express_is_refused(changes: dict[str, Any], tmp_path:
     with pytest.raises(UserError, match="No Hugging Face class"):
         save_folder(Decoder(ModelConfig(**fields | changes)), None, tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+def test_an_index_that_contradicts_its_shards(
+    make_model: Make, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "m"
+    save_folder(make_model(), tokenizer, folder, shard_bytes=20_000)
+    index = folder / "model.safetensors.index.json"
+    values = json.loads(index.read_text("utf-8"))
+    table = values["weight_map"]
+    first, last = min(table.values()), max(table.values())
+    load_folder(folder)
+    elsewhere = {name: last if shard == first else shard for name, shard in table.items()}
+    for wrong in ({**table, "gone.weight": first}, {**elsewhere, "model.norm.weight": first}):
+        index.write_text(json.dumps({**values, "weight_map": wrong}), "utf-8")
+        refused(folder, "says that the tensor '.*' is in '.*', where it is not")
+
+
+@pytest.mark.parametrize("kind", ["decoder", "pair"])
+def test_matrices_that_are_not_one_although_the_config_says_so(
+    kind: str, make_model: Make, tmp_path: Path
+) -> None:
+    if kind == "decoder":
+        model: Any = make_model()
+        part, name = model, "head"
+    else:
+        make_seq2seq("bart").save_pretrained(tmp_path / "bart")
+        model = load_folder(tmp_path / "bart")[0]
+        part, name = model.decoder, "embedding"
+    own = getattr(part, name).weight.detach().clone()
+    getattr(part, name).weight = torch.nn.Parameter(own)
+    save_folder(model, None, tmp_path / "m")  # equal: another matrix in memory only
+    load_folder(tmp_path / "m")
+    own += 1
+    with pytest.raises(UserError, match="another matrix than the embedding"):
+        save_folder(model, None, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_windows_and_families_are_refused_by_their_names() -> None:
+    """What halves to nothing, and what reads images, too."""
+    for values, words in (
+        ({"model_type": "modernbert", "local_attention": 1}, "'local_attention' is 1.*at least 2"),
+        ({"model_type": "gemma3"}, "text and images.*'gemma3_text'"),
+        ({"model_type": "gema2"}, "Did you mean 'gemma2'"),
+    ):
+        with pytest.raises(UserError, match=rf"^config\.json: .*{words}"):
+            read_config(values, "config.json")

@@ -277,3 +277,13 @@ def test_version_2_is_read_like_version_3(sound: bytes, tmp_path: Path) -> None:
     first = open_bytes(old, tmp_path).read("output_norm.weight")
     second = open_bytes(sound, tmp_path).read("output_norm.weight")
     np.testing.assert_array_equal(first.numpy(), second.numpy())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"GGUF", "ends at byte 4, inside"), (b"GGUF\3\0\0", "byte 7"), (b"GGU", "does not begin")],
+)
+def test_a_file_that_ends_at_once(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "short.gguf").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        GGUF(tmp_path / "short.gguf")

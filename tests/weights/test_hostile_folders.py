@@ -47,7 +47,7 @@ def test_any_wrong_value_in_config_json(
         ("config.json", [], "must hold a JSON object"),
         ("model.safetensors.index.json", {"weight_map": []}, "has no 'weight_map'"),
         ("model.safetensors.index.json", {"weight_map": {"a": "../x.safetensors"}}, "not a shard"),
-        ("model.safetensors.index.json", {"weight_map": {"a": "\ud800.safetensors"}}, "is trunc"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "\ud800.safetensors"}}, "is missing"),
         ("model.safetensors.index.json", {"weight_map": {"a": "\0.safetensors"}}, "model"),
     ],
 )

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 import llm_from_scratch as llm
 from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.generate.tokens import as_writer
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.heads import Embedder, SequenceClassifier
 from llm_from_scratch.text.tokenizer import Tokenizer
@@ -40,6 +41,20 @@ def test_a_folder(
         torch.testing.assert_close(again(tokens), theirs(tokens).logits, atol=1e-6, rtol=1e-5)
     with pytest.raises(UserError, match="There is no head 'clasify'"):
         llm.load(tmp_path / "lm", device="cpu", head="clasify")
+
+
+def test_an_embedder_is_one_without_being_asked(
+    make_model: Make, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    llm.save(make_model(), tokenizer, tmp_path / "lm")
+    model, _ = llm.load(tmp_path / "lm", device="cpu", head="embedding")
+    llm.save(model, tokenizer, tmp_path / "embedder")
+    again, _ = llm.load(tmp_path / "embedder", device="cpu")
+    assert isinstance(again, Embedder) and again.head_config.style == model.head_config.style
+    plain, _ = llm.load(tmp_path / "embedder", device="cpu", head="none")
+    assert isinstance(plain, Decoder)
+    with pytest.raises(UserError, match=r"For embeddings: llm\.load\(MODEL, head='embedding'\)"):
+        as_writer(again)
 
 
 def test_a_gguf_file(gguf_case: type[GGUFCase], tmp_path: Path) -> None:

@@ -67,6 +67,13 @@ def test_what_was_saved_comes_out(save: Callable[[Any, Path], None], tmp_path: P
         assert equal(read_pickle(tmp_path / "run.ckpt"), state())
 
 
+def test_a_checkpoint_of_training_may_hold_other_tensors(
+    save: Callable[[Any, Path], None], tmp_path: Path
+) -> None:
+    save({"model": state(), "rng_state": torch.get_rng_state(), "step": 3}, tmp_path / "c.ckpt")
+    assert equal(read_pickle(tmp_path / "c.ckpt"), state())
+
+
 def test_into_safetensors(
     save: Callable[[Any, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,7 +98,7 @@ def test_which_files_are_meant(tmp_path: Path) -> None:
     for content, words in (
         ('{"weight_map": {}}', "no 'weight_map'"),
         ('{"weight_map": {"x": "../a.bin"}}', "not a shard's name"),
-        ('{"weight_map": {"x": "gone.bin"}}', "gone.bin, which is missing"),
+        ('{"weight_map": {"x": "gone.bin"}}', "gone.bin', which is missing"),
     ):
         index.write_text(content, "utf-8")
         with pytest.raises(UserError, match=words):

@@ -157,6 +157,27 @@ def test_hub_names(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         locate("some-org/model")
 
 
+def test_a_hub_folder_without_safetensors_is_led_to_convert(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    (model_folder / "model.safetensors").unlink()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **o: str(model_folder))
+    with pytest.raises(UserError, match=r"no safetensors.*scratchlm convert some-org/old --to hf"):
+        load("some-org/old", device="cpu")
+    with pytest.raises(UserError, match="neither as safetensors nor as pytorch_model"):
+        locate("some-org/old", pickles=True)
+
+
+@pytest.mark.parametrize("model", ["", os.devnull])
+def test_what_is_no_name_of_a_model(model: str) -> None:
+    with pytest.raises(UserError, match=r"MODEL is empty|neither a folder nor an ordinary file"):
+        load(model)
+    with pytest.raises(UserError, match=r"MODEL is empty|neither a folder nor an ordinary file"):
+        sources.locate_description(model)
+
+
 # --- packages -------------------------------------------------------------------------------------
 
 CONTENT = b"GGUF" + bytes(range(256)) * 40

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from llm_from_scratch.core.errors import UserError, nearest
+from llm_from_scratch.core.errors import UserError, nearest, shown
 from llm_from_scratch.model.config import EncoderDecoderConfig, ModelConfig
-from llm_from_scratch.weights.config_json import Fields
+from llm_from_scratch.weights.config_json import Fields, check_weights
 from llm_from_scratch.weights.families.bart import BART
 from llm_from_scratch.weights.families.bert import BERT
 from llm_from_scratch.weights.families.distilbert import DISTILBERT
@@ -51,10 +51,15 @@ FAMILIES = {
 
 def family_named(model_type: object, where: str) -> Family:
     """The table of a config.json's `model_type`."""
+    if isinstance(model_type, str) and f"{model_type}_text" in FAMILIES:
+        raise UserError(
+            f"{where}: 'model_type' is '{model_type}', a model of text and images; of these only "
+            f"the models of text alone, '{model_type}_text', can be read."
+        )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
-            f"{where}: 'model_type' is {model_type!r}; 'scratchlm models' lists the families that "
-            "can be read." + nearest(str(model_type), FAMILIES)
+            f"{where}: 'model_type' is {shown(model_type)}; 'scratchlm models' lists the families "
+            "that can be read." + nearest(str(model_type), FAMILIES)
         )
     return FAMILIES[model_type]
 
@@ -71,8 +76,9 @@ def read_config(values: Mapping[str, Any], where: str) -> tuple[Family, AnyConfi
         # null, false and nothing are what a field that is not in use looks like.
         if name not in known and value not in (None, False, [], {}, ""):
             raise UserError(
-                f"{where}: the field '{name}' ({value!r}) is not known for {family.name}, so it "
-                "cannot be said what the model computes. If it changes nothing, remove it."
+                f"{where}: the field {shown(name)} ({shown(value)}) is not known for "
+                f"{family.name}, so it cannot be said what the model computes. If it changes "
+                "nothing, remove it."
             )
     fields = Fields(values, family.defaults, where)
     for name, must in family.must(values.get("architectures")).items():
@@ -82,7 +88,9 @@ def read_config(values: Mapping[str, Any], where: str) -> tuple[Family, AnyConfi
             if name == "quantization_config":
                 remedy = "left out: quantised folders cannot be read, take the original or a GGUF"
             raise fields.refuse(name, remedy)
-    return family, _architecture(family, fields)
+    config = _architecture(family, fields)
+    check_weights(config, where)
+    return family, config
 
 
 def _architecture(family: Family, fields: Fields) -> AnyConfig:
@@ -91,7 +99,10 @@ def _architecture(family: Family, fields: Fields) -> AnyConfig:
     known: dict[str, Any] = {}
     for group in family.settings:
         known |= group.read(fields, known)
-    return ModelConfig(family=family.name, **family.constants, **known)
+    try:
+        return ModelConfig(family=family.name, **family.constants, **known)
+    except UserError as error:  # values that are sound alone, but not together
+        raise UserError(f"{fields.where}: {error}") from error
 
 
 def config_fields(family: Family, config: AnyConfig) -> dict[str, Any]:

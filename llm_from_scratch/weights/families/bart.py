@@ -27,6 +27,7 @@ SETTINGS = (
     dropout("dropout", 0.1), Other({"attention_dropout": 0.0}),
     number("init_std", "init_std", 0.02), flag("scale_embedding", "scale_embedding", False),
     *of("pair", Setting("decoder_start_token_id", "start_id", 2, "token_id"),
+        Setting("forced_bos_token_id", "first_id", None, "maybe_token_id"),
         Setting("forced_eos_token_id", "end_id", 2, "maybe_token_id")),
 )  # fmt: skip
 BLOCK = {
@@ -40,8 +41,7 @@ STACK = {f"layers.{{}}.{theirs}": f"blocks.{{}}.{ours}" for theirs, ours in BLOC
 STACK |= {"embed_positions": "positions", "layernorm_embedding": "embedding_norm"}
 
 BART = Family(
-    name="bart",
-    title="BART", kind="encoder-decoder", prefix="model.", heads=pair_heads(),
+    name="bart", title="BART", kind="encoder-decoder", prefix="model.", heads=pair_heads(),
     classes=named("Bart", "base", "classification", lm="BartForConditionalGeneration"),
     constants={**LAYER_NORM_AND_BIASES, "residual": "post", "final_norm": False,
                "position": "learned", "position_offset": 2, "embedding_norm": True},
@@ -52,6 +52,7 @@ BART = Family(
              *rules("model.decoder.", "decoder.", STACK),
              Rule("final_logits_bias", ("logits_bias",), "row", exact=True, optional=True)),
     required={"tie_word_embeddings": True, "normalize_before": False, "extra_pos_embeddings": 2,
+              "normalize_embedding": True, "add_bias_logits": False,
               "add_final_layer_norm": False, "static_position_embeddings": False},
     unused=dict.fromkeys(("encoder_layerdrop", "decoder_layerdrop", "activation_dropout"),
                          "acts in training only; here there is none"),

@@ -1,4 +1,4 @@
-"""BERT (arXiv:1810.04805): an encoder with a norm behind each branch and marks for two texts."""
+"""BERT (arXiv:1810.04805): an encoder with a norm behind each branch and segment embeddings."""
 
 from llm_from_scratch.model.heads import HeadStyle
 from llm_from_scratch.weights.families.gpt2 import LAYER_NORM_AND_BIASES
@@ -34,8 +34,7 @@ BLOCK = {
     "attention.self.query": "attention.q", "attention.self.key": "attention.k",
     "attention.self.value": "attention.v", "attention.output.dense": "attention.o",
     "attention.output.LayerNorm": "attention_norm", "intermediate.dense": "feed_forward.up",
-    "output.dense": "feed_forward.down", "output.LayerNorm": "feed_forward_norm",
-}  # fmt: skip
+    "output.dense": "feed_forward.down", "output.LayerNorm": "feed_forward_norm"}  # fmt: skip
 CLASSIFIER = rules("", "", {"classifier": "out"})
 DROPOUT = (Setting("classifier_dropout", "dropout", None, "maybe_share_of_one"),)
 LM = {"transform.dense": "dense", "transform.LayerNorm": "norm", "decoder": "out"}
@@ -53,8 +52,9 @@ BERT = Family(
                                   rules("cls.predictions.", "", LM),
                                   copies={"cls.predictions.bias": "cls.predictions.decoder.bias"})},
     required={"position_embedding_type": "absolute"},
-    unused=dict.fromkeys(("directionality", "pooler_fc_size", "pooler_num_attention_heads",
-                          "pooler_type", "pooler_num_fc_layers", "pooler_size_per_head"), "unread"),
+    unused={"directionality": "a remark; all tokens see each other whatever it says",
+            **dict.fromkeys(map("pooler_{}".format, ("fc_size", "num_attention_heads", "type",
+                            "num_fc_layers", "size_per_head")), "for a pooler without a class")},
     surplus=("embeddings.position_ids", "embeddings.token_type_ids"),
     other_heads=("cls.seq_relationship.", "qa_outputs."),
 )  # fmt: skip

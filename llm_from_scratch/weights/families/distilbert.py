@@ -1,4 +1,4 @@
-"""DistilBERT (arXiv:1910.01108): BERT with half the blocks, no marks for two texts, no pooler."""
+"""DistilBERT (arXiv:1910.01108): BERT with half the blocks, no segment embeddings, no pooler."""
 
 from dataclasses import replace
 

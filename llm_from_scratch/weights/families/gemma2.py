@@ -1,4 +1,4 @@
-"""Gemma 2 (arXiv:2408.00118): norms on both sides of each branch, windows, bent scores."""
+"""Gemma 2 (arXiv:2408.00118): norms on both sides of each branch, windows, soft-capped scores."""
 
 from dataclasses import replace
 
@@ -51,5 +51,8 @@ GEMMA2 = replace(
     ),
     tensors=(*LLAMA.tensors[:3], *rules("model.layers.{}.", "blocks.{}.", SANDWICH)),
     required={"use_bidirectional_attention": False},
-    unused={"hidden_act": "an older name, of which hidden_activation is read"},
+    unused={
+        "hidden_act": "an older name; hidden_activation is read",
+        "sliding_window_size": "an older name; sliding_window is read",
+    },
 )

@@ -1,4 +1,4 @@
-"""Gemma 3 (arXiv:2503.19786), its text models: Gemma 2 with QK-norm in the place of bent scores."""
+"""Gemma 3 (arXiv:2503.19786), its text models: Gemma 2 with QK-norm for the soft-cap."""
 
 from dataclasses import replace
 

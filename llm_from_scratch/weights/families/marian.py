@@ -35,7 +35,9 @@ MARIAN = replace(
         "normalize_before": False,
         "normalize_embedding": False,
         "add_final_layer_norm": False,
+        "add_bias_logits": False,
         "static_position_embeddings": True,
     },
+    unused={**BART.unused, "extra_pos_embeddings": "for learned positions; there are none"},
     surplus=("coder.embed_positions.weight",),
 )

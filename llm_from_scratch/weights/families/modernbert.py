@@ -17,11 +17,9 @@ from llm_from_scratch.weights.families.settings import (
 )  # fmt: skip
 from llm_from_scratch.weights.families.table import ENCODER, Family, HeadTable, named, rules
 
-BLOCK = {
-    "attn_norm": "attention_norm", "attn.Wqkv": "attention.q attention.k attention.v",
-    "attn.Wo": "attention.o", "mlp_norm": "feed_forward_norm",
-    "mlp.Wi": "feed_forward.gate feed_forward.up", "mlp.Wo": "feed_forward.down",
-}  # fmt: skip
+BLOCK = {"attn_norm": "attention_norm", "attn.Wqkv": "attention.q attention.k attention.v",
+         "attn.Wo": "attention.o", "mlp_norm": "feed_forward_norm",
+         "mlp.Wi": "feed_forward.gate feed_forward.up", "mlp.Wo": "feed_forward.down"}  # fmt: skip
 STYLE = HeadStyle(dense=True, norm=True, dropout=0.0)
 DENSE = {"head.dense": "dense", "head.norm": "norm"}
 ALL = (flag("classifier_bias", "dense_bias", False), activation("classifier_activation", "gelu"))
@@ -45,16 +43,18 @@ MODERNBERT = Family(
               number("norm_eps", "norm_eps", 1e-5), flag("mlp_bias", "feed_forward_bias", False),
               flag("attention_bias", "attention_bias output_bias", False), dropout("mlp_dropout"),
               Other({"attention_dropout": 0.0, "embedding_dropout": 0.0})),
-    tensors=(*rules("model.embeddings.", "", {"tok_embeddings": "embedding",
-                                              "norm": "embedding_norm"}),
-             *rules("model.", "", {"final_norm": "final_norm"}),
+    tensors=(*rules("model.", "", {"embeddings.tok_embeddings": "embedding",
+                                   "embeddings.norm": "embedding_norm",
+                                   "final_norm": "final_norm"}),
              *rules("model.layers.{}.", "blocks.{}.", BLOCK)),
     heads={**dict.fromkeys(("classification", "token_classification", "multiple_choice"), LABELS),
            "masked_lm": HeadTable(STYLE, rules("", "", {**DENSE, "decoder": "out"}),
                                   (*ALL, flag("decoder_bias", "bias", True)))},
     required={"position_embedding_type": "absolute", "rope_scaling": None},
-    unused=dict.fromkeys(("initializer_cutoff_factor", "reference_compile", "layer_norm_eps",
-                          "deterministic_flash_attn", "repad_logits_with_grad",
-                          "sparse_prediction", "sparse_pred_ignore_index"), "changes no value"),
+    unused={"initializer_cutoff_factor": "how fresh weights are drawn",
+            "layer_norm_eps": "another name of norm_eps, of which norm_eps is read",
+            **dict.fromkeys(("sparse_prediction", "sparse_pred_ignore_index"), "for training only"),
+            **dict.fromkeys(("reference_compile", "deterministic_flash_attn",
+                             "repad_logits_with_grad"), "how the same values are computed")},
     other_heads=("qa_outputs.",),
 )  # fmt: skip

@@ -43,6 +43,9 @@ QWEN3_MOE = replace(
         *rules("model.layers.{}.", "blocks.{}.", {"mlp.gate": "feed_forward.router"}),
         *rules("model.layers.{}.", "blocks.{}.", EXPERTS, exact=True),
     ),
-    required={"mlp_bias": False, "max_window_layers": None},
-    unused={"output_router_logits": "whether training adds the balance loss, whose weight is read"},
+    required={"mlp_bias": False},
+    unused={
+        "max_window_layers": "the class gives the window to all layers or to none",
+        "output_router_logits": "whether training adds the balance loss, whose weight is read",
+    },
 )

@@ -9,6 +9,33 @@ from llm_from_scratch.model.config import ModelConfig, RopeScaling
 from llm_from_scratch.weights.config_json import Fields
 from llm_from_scratch.weights.families.settings import FULL, SLIDING, Group
 
+LEAST_TURNS = 1e-9  # over the old context: fewer are none
+
+
+def stretch(fields: Fields, factor: str) -> float:
+    """How many times longer the context becomes; `factor` is the field's name."""
+    if fields.number(factor) < 1:
+        raise fields.refuse(factor, "at least 1")
+    return fields.number(factor)
+
+
+def ramp(fields: Fields, kind: str, factor: str, low: str, high: str, original: str) -> RopeScaling:
+    """A stretching by frequency, llama3's or YaRN's; the names are those of its fields."""
+    times = stretch(fields, factor)
+    if kind == "yarn" and fields.number(low) < LEAST_TURNS:
+        raise fields.refuse(low, "above 0")
+    if fields.number(high) <= fields.number(low):
+        raise fields.refuse(high, f"above '{low}'")
+    numbers = fields.number(low), fields.number(high)
+    return RopeScaling(kind, times, *numbers, fields.integer(original))
+
+
+def _base(fields: Fields) -> float:
+    """The base of the frequencies; at 0 and below there are none."""
+    if fields.number("rope_theta") <= 0:
+        raise fields.refuse("rope_theta", "above 0")
+    return fields.number("rope_theta")
+
 
 def _scaling(fields: Fields, table: dict[str, Any], name: str) -> RopeScaling | None:
     """The stretching that one table of rotary settings asks for."""
@@ -21,11 +48,8 @@ def _scaling(fields: Fields, table: dict[str, Any], name: str) -> RopeScaling | 
         must = "'default', 'linear', 'llama3' or 'yarn'; other scalings are not supported"
         raise inner.refuse(key, must)
     known = {key, "type", "factor", "rope_theta", "partial_rotary_factor"}
-    values: dict[str, Any] = {"kind": kind, "factor": inner.number("factor")}
-    if values["factor"] < 1:
-        raise inner.refuse("factor", "at least 1")
     if kind == "linear":
-        values |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 8192}
+        scaling = RopeScaling("linear", stretch(inner, "factor"))
     else:
         low, high = ("low_freq_factor", "high_freq_factor")
         if kind == "yarn":
@@ -35,15 +59,11 @@ def _scaling(fields: Fields, table: dict[str, Any], name: str) -> RopeScaling | 
         if inner.values.get(original) is None:
             inner.values[original] = fields.integer("max_position_embeddings")
         known |= {low, high, original}
-        values["low_freq_factor"] = inner.number(low)
-        values["high_freq_factor"] = inner.number(high)
-        values["original_max_seq_len"] = inner.integer(original)
-        if values["high_freq_factor"] <= values["low_freq_factor"]:
-            raise inner.refuse(high, f"above '{low}'")
+        scaling = ramp(inner, kind, "factor", low, high, original)
     for other, value in table.items():
         if other not in known and value is not None:
             raise inner.refuse(other, "left out; this setting is not supported")
-    return RopeScaling(**values)
+    return scaling
 
 
 def _scaling_json(scaling: RopeScaling | None) -> dict[str, Any]:
@@ -86,13 +106,11 @@ class Rope(Group):
         inner = Fields(
             table, {"rope_theta": theta, "partial_rotary_factor": share}, f"{fields.where}: {name}"
         )
-        if inner.number("rope_theta") <= 0:
-            raise inner.refuse("rope_theta", "above 0")
         share = inner.number("partial_rotary_factor")
         if self.share is None and share != 1.0:
             raise inner.refuse("partial_rotary_factor", "1.0 (the class turns all features)")
         return {
-            "rope_theta": inner.number("rope_theta"),
+            "rope_theta": _base(inner),
             "rope_scaling": _scaling(fields, table, name),
             "rope_share": share,
         }
@@ -141,9 +159,9 @@ class LayeredRope(Group):
         if _scaling(fields, local, "rope_parameters") is not None:
             raise fields.refuse("rope_parameters", f"'default' for {SLIDING}")
         return {
-            "rope_theta": Fields(full, {}, where).number("rope_theta"),
+            "rope_theta": _base(Fields(full, {}, where)),
             "rope_scaling": _scaling(fields, full, "rope_parameters"),
-            "local_rope_theta": Fields(local, {}, where).number("rope_theta"),
+            "local_rope_theta": _base(Fields(local, {}, where)),
         }
 
     def write(self, config: ModelConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llm_from_scratch.model.config import ExpertsConfig, ModelConfig
-from llm_from_scratch.weights.config_json import MOST_LAYERS, Fields
+from llm_from_scratch.weights.config_json import MOST_EXPERTS, MOST_LAYERS, Fields
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -289,7 +289,8 @@ class Windows(Group):
         if self.switch is not None:
             on = fields.flag(self.switch) and on
         if kinds is not None:
-            if not isinstance(kinds, list) or len(kinds) != n or {*kinds} - {FULL, SLIDING}:
+            known_kinds = isinstance(kinds, list) and all(k in (FULL, SLIDING) for k in kinds)
+            if not known_kinds or len(kinds) != n:
                 raise fields.refuse(
                     "layer_types", f"'{FULL}' or '{SLIDING}' for each of {n} layers"
                 )
@@ -302,6 +303,8 @@ class Windows(Group):
             layers = ()
         window = fields.integer(self.window) if layers else None
         if window is not None and self.half:
+            if window < 2:
+                raise fields.refuse(self.window, "at least 2, because it counts both sides")
             window //= 2
         return {"window": window, "window_layers": layers}
 
@@ -355,10 +358,10 @@ class Mixture(Group):
         dense = fields.values.get("mlp_only_layers") or []
         if not isinstance(dense, list) or any(not isinstance(i, int) for i in dense):
             raise fields.refuse("mlp_only_layers", "a list of layer numbers")
-        step = fields.integer("decoder_sparse_step")
-        if fields.integer("num_experts") < fields.integer("num_experts_per_tok"):
+        skipped, step = set(dense), fields.integer("decoder_sparse_step")
+        if fields.integer("num_experts", MOST_EXPERTS) < fields.integer("num_experts_per_tok"):
             raise fields.refuse("num_experts_per_tok", "at most 'num_experts'")
-        layers = [i for i in range(known["n_layers"]) if (i + 1) % step == 0 and i not in dense]
+        layers = [i for i in range(known["n_layers"]) if (i + 1) % step == 0 and i not in skipped]
         return {
             "experts": ExpertsConfig(
                 n_experts=fields.integer("num_experts"),

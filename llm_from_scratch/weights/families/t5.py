@@ -16,7 +16,9 @@ SETTINGS = (
     size("relative_attention_max_distance", "relative_distance", 128),
     number("layer_norm_epsilon", "norm_eps", 1e-6),
     dropout("dropout_rate", 0.1),
-    *of("pair", Setting("decoder_start_token_id", "start_id", 0, "token_id")),
+    *of("pair", Setting("decoder_start_token_id", "start_id", 0, "token_id"),
+        Setting("forced_bos_token_id", "first_id", None, "maybe_token_id"),
+        Setting("forced_eos_token_id", "end_id", None, "maybe_token_id")),
 )  # fmt: skip
 
 

@@ -62,7 +62,10 @@ GENERATION = (
     "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
     "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id",
     "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty",
-    "suppress_tokens", "begin_suppress_tokens",
+    "suppress_tokens", "begin_suppress_tokens", "cache_implementation", "guidance_scale",
+    "max_new_tokens", "min_new_tokens", "max_time", "penalty_alpha", "epsilon_cutoff",
+    "eta_cutoff", "min_p", "renormalize_logits", "constraints", "force_words_ids",
+    "sequence_bias", "force_bos_token_to_be_generated", "low_memory", "output_logits",
 )  # fmt: skip
 # Fields with one value that we can express; any other would change what the model computes.
 REQUIRED_EVERYWHERE: dict[str, Any] = {
