@@ -62,9 +62,6 @@ def test_bpe_training_is_within_its_limits() -> None:
         assert corpora[name]["ours_over_tokenizers"] <= 3.0
 
 
-@pytest.mark.skipif(
-    not (RESULTS / "unigram_training.json").is_file(), reason="not measured yet: make bench"
-)
 def test_unigram_tokens_are_as_long_as_sentencepieces() -> None:
     found = results("unigram_training")
     assert found["vocab_size"] == 8000
