@@ -27,11 +27,12 @@ Made = Callable[[str], tuple[Path, Tokenizer, Any]]
 
 @pytest.fixture(scope="session")
 def corpus(request: pytest.FixtureRequest) -> list[str]:
-    """Something to train on: the real texts, or what stands in `families.py`."""
+    """Something to train on: the real texts, or without them the project's own pages."""
     try:
         data_dir = request.getfixturevalue("data_dir")
     except pytest.skip.Exception:
-        return [TEXT] * 5
+        pages = sorted((Path(__file__).resolve().parents[2] / "docs").glob("*/*.md"))
+        return [TEXT, *(page.read_text(encoding="utf-8")[:1500] for page in pages)]
     return [TEXT, *(text for _, text in list(texts_under(data_dir, 800))[::6])]
 
 
