@@ -24,6 +24,10 @@ SOURCES = {
     "tinyshakespeare/input.txt": "karpathy/char-rnn: data/tinyshakespeare/input.txt",
     "aozora/aozora_clean.jsonl.gz": "aozorahack/aozorabunko_text (425 works, cleaned)",
     "gutenberg/carroll-alice.txt": "teropa/nlp: resources/corpora/gutenberg/carroll-alice.txt",
+    "wikitext2-valid/wiki.valid.tokens": (
+        "pytorch/examples: word_language_model/data/wikitext-2/valid.txt"
+    ),
+    "c4-demo/c4_demo.jsonl": "hiyouga/LLaMA-Factory: data/c4_demo.jsonl",
     "bpe-reference/corpus.en": "stanford-cs336/assignment1-basics: tests/fixtures/corpus.en",
 }
 

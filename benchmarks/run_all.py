@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 NAMES = (
-    "bpe_training", "unigram_training", "first_token", "train_speed", "train_speed --part loss",
-    "tinyshakespeare", "quickstart", "gguf_parity", "experts", "tables",
+    "bpe_training", "unigram_training", "first_token", "inference", "quantization",
+    "train_speed", "train_speed --part loss", "tinyshakespeare", "quickstart", "gguf_parity",
+    "experts", "tables",
 )  # fmt: skip
 
 

@@ -169,10 +169,76 @@ def first_token(data: Row, ja: bool) -> str:
     head = (
         ["スレッド", "最初のトークンまで（秒）"] if ja else ["threads", "command to first token, s"]
     )
-    rows = [[t, f"{s:.2f}"] for t, s in data["results"]["seconds"].items()]
+    cold = "2（カーネルの初回コンパイルを含む）" if ja else "2, kernels still to be compiled"
+    rows = [[cold if t == "cold" else t, f"{s:.2f}"] for t, s in data["results"]["seconds"].items()]
     answer = data["results"]["answer"].strip()
     said = f"答え: 「{answer}」" if ja else f'It answers: "{answer}"'
     return f"{table(head, rows)}\n\n{said}\n{machine(data, ja)}"
+
+
+def inference(data: Row, ja: bool) -> str:
+    found = data["results"]
+    peers = ("ours", "llama.cpp", "transformers")
+    tasks = {
+        "decode": ("1 件の生成", "decode, one text"),
+        "prefill": (f"プロンプト {found['prefill']} トークンの読み込み",
+                    f"prefill of {found['prefill']}"),
+        "together": (f"{found['together']} 件の同時生成", f"decode, {found['together']} at once"),
+    }  # fmt: skip
+    mine = "本プロジェクト 4 ビット" if ja else "ours, 4 bits"
+    head = ["トークン／秒", "スレッド"] if ja else ["tokens/s", "threads"]
+    head += [mine, "llama.cpp Q4_1", "transformers bf16", "目標の比" if ja else "ratio aimed at"]
+    aims = {"decode": ("llama.cpp", 1.2), "prefill": ("transformers", 1.0),
+            "together": ("llama.cpp", 1.5)}  # fmt: skip
+    rows = []
+    for task, names in tasks.items():
+        for threads, r in found["speed"].items():
+            speeds = r["median"][task]
+            peer, least = aims[task]
+            ratio = f"{r['ratios'][f'{task}_to_{peer}']:.2f}x {peer} (>= {least})"
+            cells = [f"{speeds[name]:,.0f}" for name in peers]
+            rows.append([names[0] if ja else names[1], threads, *cells, ratio])
+    memory = {name: value / 1e6 for name, value in found["memory"]["median"].items()}
+    ratio = found["memory"]["ratio_to_llama_cpp"]
+    said = ", ".join(f"{name} {value:,.0f} MB" for name, value in memory.items())
+    mbu = ", ".join(f"{share:.0%}" for share in found["mbu"].values())
+    versions = ", ".join(f"{name} {version}" for name, version in data["peers"].items())
+    if ja:
+        text = (
+            f"メモリの最大値（ライブラリの読み込み後からの増加）: {said}。"
+            f"llama.cpp の {ratio:.2f} 倍です。"
+            f"1 件の生成での MBU（1、2 スレッド）: {mbu}。比較相手: {versions}。"
+        )
+    else:
+        text = (
+            f"Peak memory above the imported libraries: {said}; {ratio:.2f} times llama.cpp's. MBU "
+            f"of one text (1 and 2 threads): {mbu}. Peers: {versions}."
+        )
+    return f"{table(head, rows)}\n\n{text}\n{machine(data, ja)}"
+
+
+def quantization(data: Row, ja: bool) -> str:
+    found, settings = data["results"]["variants"], data["results"]["settings"]
+    texts = [key for key in next(iter(found.values())) if key.startswith("perplexity, ")]
+    names = [text.removeprefix("perplexity, ") for text in texts]
+    if ja:
+        head = ["方法", "ビット／重み", "MB", "トークン／秒", *(f"{name} の PPL" for name in names)]
+    else:
+        head = ["method", "bits/weight", "MB", "tokens/s", *(f"perplexity, {n}" for n in names)]
+    rows = [
+        [
+            name, f"{r['bits_per_weight']:.2f}", f"{r['bytes'] / 1e6:.0f}",
+            f"{r['tokens_per_second']:.0f}", *(f"{r[text]:.2f}" for text in texts),
+        ]
+        for name, r in found.items()
+    ]  # fmt: skip
+    first = next(iter(found.values()))
+    counts = ", ".join(f"{name} {first[f'tokens, {name}']:,}" for name in names)
+    if ja:
+        text = f"読んだトークン数: {counts}。スレッド数: {settings['threads']}。"
+    else:
+        text = f"Tokens read: {counts}. Threads: {settings['threads']}."
+    return f"{table(head, rows)}\n\n{text}\n{machine(data, ja)}"
 
 
 def gguf_parity(data: Row, ja: bool) -> str:
@@ -238,6 +304,8 @@ MAKERS: dict[str, tuple[str, Callable[[Row, bool], str]]] = {
     "bpe": ("bpe_training", bpe),
     "unigram": ("unigram_training", unigram),
     "first_token": ("first_token", first_token),
+    "inference": ("inference", inference),
+    "quantization": ("quantization", quantization),
     "gguf_parity": ("gguf_parity", gguf_parity),
     "experts": ("experts", experts),
 }

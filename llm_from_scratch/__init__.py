@@ -20,8 +20,9 @@ __version__ = "0.1.0"
 # name -> the module that holds it, and its name there (None: the module itself, which is callable)
 _NAMES: dict[str, tuple[str, str | None]] = {
     "load": ("llm_from_scratch.weights.sources", "load"),
-    "save": ("llm_from_scratch.weights.folder", "save_folder"),
+    "save": ("llm_from_scratch.weights.folder_write", "save_folder"),
     "generate": ("llm_from_scratch.generate", None),
+    "quantize": ("llm_from_scratch.train.quantize", "quantize"),
     "pretrain": ("llm_from_scratch.train.pretrain", "pretrain"),
     "PretrainConfig": ("llm_from_scratch.train.settings", "PretrainConfig"),
     "UserError": ("llm_from_scratch.core.errors", "UserError"),

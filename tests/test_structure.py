@@ -29,7 +29,7 @@ LAYERS = (
 TEACHING = ("transformer", "gpt")
 FORBIDDEN = (
     "transformers", "trl", "peft", "accelerate", "torchao", "sentence_transformers", "gguf",
-    "llama_cpp",
+    "llama_cpp", "compressed_tensors", "bitsandbytes",
 )  # fmt: skip
 PICKLES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 FILE_LINES, FUNCTION_LINES = 450, 80
@@ -213,8 +213,8 @@ def test_the_checks_can_fail() -> None:
 
 def test_the_public_names() -> None:
     names = {
-        "__version__", "load", "save", "generate", "pretrain", "PretrainConfig", "UserError",
-        "RunError",
+        "__version__", "load", "save", "generate", "quantize", "pretrain", "PretrainConfig",
+        "UserError", "RunError",
     }  # fmt: skip
     assert set(llm_from_scratch.__all__) == names
     assert names <= set(dir(llm_from_scratch))

@@ -1,9 +1,10 @@
-"""`scratchlm chat`: talk with a model in the terminal."""
+"""`scratchlm chat`: talk with a model in the terminal, be it here or at the address of a server."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -18,10 +19,12 @@ from llm_from_scratch.cli.generate import (
     settings_of,
     stdin_lines,
 )
-from llm_from_scratch.core.errors import UserError, nearest
+from llm_from_scratch.core.errors import RunError, UserError, nearest
 
 if TYPE_CHECKING:
+    from llm_from_scratch.generate.chat import Chat
     from llm_from_scratch.generate.conversation import Conversation
+    from llm_from_scratch.generate.settings import SamplingSettings
 
 EXAMPLES = """\
 examples:
@@ -29,6 +32,9 @@ examples:
   scratchlm chat runs/quickstart --temperature 0.5
   scratchlm chat model/ --system "Answer in one sentence." --max_new_tokens 400
   printf 'Hello!\\nWhat can you do?\\n' | scratchlm chat smollm2-135m --json
+  scratchlm chat http://127.0.0.1:8000/v1 --model NAME
+MODEL may be the address of an OpenAI-compatible server. A key for it is read from the environment
+variable SCRATCHLM_API_KEY.
 """
 
 COMMANDS = {
@@ -49,6 +55,12 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
+    parser.add_argument(
+        "--model",
+        dest="served",
+        metavar="NAME",
+        help="at an address: the server's name of the model (needed where it has several)",
+    )
     parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
     add_sampling_arguments(parser)
     parser.add_argument(
@@ -63,21 +75,59 @@ def note(text: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from llm_from_scratch.generate.chat import is_address
     from llm_from_scratch.generate.conversation import Conversation
 
     settings = settings_of(args)
+    if is_address(args.model):
+        if args.seed is None:  # not every server takes one
+            settings = dataclasses.replace(settings, seed=None)
+        chat = chat_at_address(args, settings)
+    else:
+        chat = chat_here(args)
+    with chat:
+        conversation = Conversation(chat, settings, system=args.system)
+        talk(conversation, reply_json if args.json else reply)
+    return 0
+
+
+def chat_here(args: argparse.Namespace) -> Chat:
+    """A model on this machine."""
+    from llm_from_scratch.generate.chat import LocalChat
+    from llm_from_scratch.model.flops import parameter_count
+    from llm_from_scratch.quant.linear import QuantLinear
+
+    if args.served is not None:
+        raise UserError(
+            "--model names a model of a server, whose address stands in the place of MODEL; "
+            "an address begins with http:// or https://."
+        )
     model, tokenizer = load_model(args)
-    conversation = Conversation(model, tokenizer, settings, system=args.system)
+    chat = LocalChat(model, tokenizer, name=args.model)
     explain_template(tokenizer)
     weight = next(model.parameters())
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    packed = any(isinstance(part, QuantLinear) for part in model.modules())
+    held = "in few bits" if packed else str(weight.dtype)[6:]
     note(
-        f"{args.model}: {parameters / 1e6:,.1f} M parameters, {str(weight.dtype)[6:]} on "
+        f"{args.model}: {parameter_count(model.config) / 1e6:,.1f} M parameters, {held} on "
         f"{weight.device.type}, context {model.config.max_seq_len:,} tokens. /help lists the "
         "commands."
     )
-    talk(conversation, reply_json if args.json else reply)
-    return 0
+    return chat
+
+
+def chat_at_address(args: argparse.Namespace, settings: SamplingSettings) -> Chat:
+    """A model that a server answers for; what it cannot be asked is refused before anything is."""
+    from llm_from_scratch.generate.protocol import request_body
+    from llm_from_scratch.generate.remote import RemoteChat
+
+    for flag in ("device", "dtype"):
+        if getattr(args, flag) != "auto":
+            raise UserError(f"--{flag} is for a model on this machine; a server has its own.")
+    request_body("", [{"role": "user", "content": ""}], settings, stream=True)
+    chat = RemoteChat(args.model, args.served, report=note)
+    note(f"{chat.name} at {chat.address}. /help lists the commands.")
+    return chat
 
 
 def talk(conversation: Conversation, reply: Callable[[Conversation, str], None]) -> None:
@@ -106,19 +156,26 @@ def talk(conversation: Conversation, reply: Callable[[Conversation, str], None])
             if not obey(conversation, line):
                 return
             continue
-        reply(conversation, line.removeprefix("/") if line.startswith("//") else line)
+        try:
+            reply(conversation, line.removeprefix("/") if line.startswith("//") else line)
+        except RunError as error:  # a server that is gone may come back
+            if not interactive:
+                raise
+            note(f"({error})")
 
 
 def reply(conversation: Conversation, message: str) -> None:
     """Print the answer as it comes; Ctrl-C stops it and keeps what was said."""
     try:
-        pieces = conversation.ask(message)
-        if conversation.forgotten:
-            note(
-                f"(The context is full: the {conversation.forgotten} oldest messages were dropped.)"
-            )
-        with contextlib.closing(pieces):
+        with contextlib.closing(conversation.ask(message)) as pieces:
+            first = True
             for piece in pieces:
+                if first and conversation.forgotten:
+                    note(
+                        f"(The context is full: the {conversation.forgotten} oldest messages were "
+                        "dropped.)"
+                    )
+                first = False
                 print(piece, end="", flush=True)
         print(flush=True)
     except KeyboardInterrupt:
@@ -128,7 +185,7 @@ def reply(conversation: Conversation, message: str) -> None:
     except UserError as error:
         note(f"({error})")
         return
-    if conversation.result and conversation.result.finish_reason == "length":
+    if conversation.reply and conversation.reply.finish_reason == "length":
         note("(The answer was cut off: --max_new_tokens or the context was used up.)")
 
 
@@ -137,11 +194,13 @@ def reply_json(conversation: Conversation, message: str) -> None:
     row: dict[str, Any] = {"message": message}
     try:
         row["answer"] = "".join(conversation.ask(message))
-        if (result := conversation.result) is not None:
-            row["finish_reason"] = result.finish_reason
-            row["prompt_tokens"] = result.prompt_tokens
-            row["new_tokens"] = len(result.tokens)
-            row["tokens_per_second"] = result.tokens_per_second
+        if (said := conversation.reply) is not None:
+            row["finish_reason"] = said.finish_reason
+            if said.usage is not None:
+                row["prompt_tokens"] = said.usage.prompt_tokens
+                row["new_tokens"] = said.usage.completion_tokens
+            if said.result is not None:
+                row["tokens_per_second"] = said.result.tokens_per_second
     except UserError as error:
         row["error"] = str(error)
     print(json.dumps(row, ensure_ascii=False), flush=True)

@@ -69,6 +69,15 @@ def progress() -> Iterator[Callable[[str], None]]:
             bar.stop()
 
 
+@contextmanager
+def waiting(line: str) -> Iterator[None]:
+    """In a terminal a clock beside `line`, for work that shows nothing until it is done."""
+    with progress() as report:
+        if sys.stderr.isatty():
+            report(line)
+        yield
+
+
 def run(args: argparse.Namespace) -> int:
     from llm_from_scratch.core.files import human_bytes
     from llm_from_scratch.weights.convert import convert

@@ -8,14 +8,15 @@ import json
 import secrets
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.core.errors import UserError, shown
 
 if TYPE_CHECKING:
     from llm_from_scratch.generate.generate import Result
+    from llm_from_scratch.generate.requests import Writer
     from llm_from_scratch.generate.sampling import SamplingSettings
-    from llm_from_scratch.generate.tokens import Writer
     from llm_from_scratch.text.tokenizer import Tokenizer
 
 EXAMPLES = """\
@@ -25,10 +26,15 @@ examples:
   scratchlm generate t5-small/ "translate English to German: The house is wonderful."
   scratchlm generate gpt2/ "Once upon a time" --temperature 0.8 --top_p 0.95 --seed 1
   scratchlm generate model.gguf "1, 2, 3," --temperature 0 --stop "\\n" --json
+  scratchlm generate smollm2-135m "Is the sky green?" --chat --choice yes no
+  scratchlm generate smollm2-135m "Invent a person." --chat --json_schema person.schema.json
   echo "Dear diary" | scratchlm generate runs/mine -
 """
 
+MAX_SCHEMA_BYTES = 4 << 20
+
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+CACHE_DTYPES = (*DTYPES, "int8")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +84,34 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="above 1: tokens that occurred become less likely",
     )
+    group.add_argument(
+        "--presence_penalty",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="off the logit of every token written so far (0: off; up to 2 is usual)",
+    )
+    group.add_argument(
+        "--frequency_penalty",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="the same for each time that it was written",
+    )
+    group.add_argument(
+        "--no_repeat_ngram",
+        type=int,
+        default=0,
+        metavar="N",
+        help="no N tokens in a row come twice (0: off)",
+    )
+    group.add_argument(
+        "--logit_bias",
+        nargs="+",
+        default=[],
+        metavar="ID=X",
+        help="added to the logit of a token id: -100 in effect forbids it, 100 demands it",
+    )
     group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     group.add_argument(
         "--stop",
@@ -85,6 +119,70 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="TEXT",
         help="end before any of these texts (\\n means a line end)",
+    )
+    add_form_arguments(parser)
+
+
+def add_form_arguments(parser: argparse.ArgumentParser) -> None:
+    """What form the text must have."""
+    group = parser.add_argument_group("structured output (one of them)")
+    group.add_argument(
+        "--json_schema", metavar="FILE|JSON", help="write JSON that this schema describes"
+    )
+    group.add_argument("--regex", metavar="PATTERN", help="write a text that the pattern matches")
+    group.add_argument(
+        "--choice", nargs="+", default=[], metavar="TEXT", help="write one of these texts"
+    )
+
+
+def add_number_arguments(parser: argparse.ArgumentParser) -> None:
+    """How many texts, and what is told about them."""
+    group = parser.add_argument_group("numbers")
+    group.add_argument(
+        "--n", type=int, default=1, metavar="N", help="write N texts for the prompt (default: 1)"
+    )
+    group.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="K",
+        help="with --json: the log-probability of each new token, and of the K likeliest",
+    )
+    group.add_argument(
+        "--prompt_logprobs", type=int, metavar="K", help="with --json: the same for the prompt"
+    )
+    group.add_argument(
+        "--num_beams",
+        type=int,
+        default=1,
+        metavar="N",
+        help="look for the likeliest text with N texts side by side, at temperature 0 (1: off)",
+    )
+    group.add_argument(
+        "--length_penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="with --num_beams: above 0 favours longer texts (default: 1)",
+    )
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """What makes it faster or smaller and does not change the text."""
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--draft", metavar="MODEL", help="a small model of the same vocabulary guesses ahead"
+    )
+    group.add_argument(
+        "--lookup",
+        type=int,
+        metavar="N",
+        help="guess up to N tokens ahead: what followed the last words before (5 is usual)",
+    )
+    group.add_argument(
+        "--cache_dtype",
+        default="auto",
+        metavar="|".join(CACHE_DTYPES),
+        help="precision of keys and values; int8 takes a quarter of fp32's memory",
     )
 
 
@@ -107,30 +205,66 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     add_sampling_arguments(parser)
+    add_number_arguments(parser)
+    add_engine_arguments(parser)
 
 
 def settings_of(args: argparse.Namespace) -> SamplingSettings:
     """The sampling settings of a command line; without --seed a fresh one, so it can be told."""
+    from llm_from_scratch.generate.constraint import check_form
     from llm_from_scratch.generate.sampling import SamplingSettings
 
     names = [field.name for field in dataclasses.fields(SamplingSettings)]
-    values = {name: getattr(args, name) for name in names}
+    values = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if values["temperature"] is None:
         # A small model that draws its words at random soon talks nonsense. That is welcome in a
         # story, but who asks a question wants the answer that the model finds likeliest.
-        values["temperature"] = 0.0 if getattr(args, "chat", True) else 0.8
+        likeliest = getattr(args, "chat", True) or values.get("num_beams", 1) > 1
+        values["temperature"] = 0.0 if likeliest else 0.8
     values["stop"] = tuple(
         text.replace("\\n", "\n").replace("\\t", "\t") for text in values["stop"]
     )
+    values["logit_bias"] = dict(read_bias(text) for text in values["logit_bias"])
+    values["json_schema"] = read_schema(values["json_schema"])
     if values["seed"] is None:
         values["seed"] = secrets.randbelow(2**31)
-    return SamplingSettings(**values)
+    settings = SamplingSettings(**values)
+    check_form(settings)
+    return settings
+
+
+def read_bias(text: str) -> tuple[str, str]:
+    """A token id and a number out of ID=X; what they are worth the settings find out."""
+    token, sign, value = text.partition("=")
+    if not sign:
+        raise UserError(f"--logit_bias is '{text}'; it must be a token id and a number, ID=X.")
+    return token, value
+
+
+def read_schema(text: str | None) -> str | None:
+    """A JSON schema: the text itself where it is an object, else the file of that name."""
+    if text is None or text.lstrip().startswith("{"):
+        return text
+    path = Path(text)
+    try:
+        if path.stat().st_size > MAX_SCHEMA_BYTES:
+            raise UserError(f"{path} is larger than {MAX_SCHEMA_BYTES >> 20} MiB; is it a schema?")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text, so it is no JSON schema.") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"--json_schema is '{shown(text)[1:-1]}', which is neither a JSON object nor a file "
+            "that can be read."
+        ) from error
 
 
 def load_model(args: argparse.Namespace) -> tuple[Writer, Tokenizer]:
     """The MODEL of a command line, which must be one that writes."""
     from llm_from_scratch.core.device import PRECISIONS
-    from llm_from_scratch.generate.tokens import as_writer
+    from llm_from_scratch.generate.requests import as_writer
     from llm_from_scratch.weights.sources import load
 
     if args.dtype not in DTYPES:
@@ -178,27 +312,81 @@ def read_prompt(prompt: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
+    from llm_from_scratch.cli.convert import waiting
     from llm_from_scratch.model.encoder_decoder import EncoderDecoder
 
     settings = settings_of(args)
     if args.system is not None and not args.chat:
         raise UserError("--system is part of a conversation; add --chat.")
+    check_flags(args)
     prompt = read_prompt(args.prompt)
     model, tokenizer = load_model(args)
     if args.temperature is None and isinstance(model, EncoderDecoder):
         # What is made of a source is no invention: of a translation the likeliest is wanted.
         settings = dataclasses.replace(settings, temperature=0.0)
-    texts, result = (answer if args.chat else continuation)(
+    texts, results = (answer if args.chat else continuation)(
         model, tokenizer, prompt, settings, args
     )
+    if args.json or settings.num_beams > 1 or settings.n > 1:  # shown when they are whole
+        with waiting("Writing ..."):
+            texts = iter(["".join(texts)])
     if args.json:
-        text = "".join(texts)
-        print(json.dumps(report(args, prompt, text, settings, result()), ensure_ascii=False))
+        text = next(texts)
+        print(json.dumps(report(args, prompt, text, settings, results()), ensure_ascii=False))
+        return 0
+    if settings.n > 1:
+        for number, result in enumerate(results(), 1):
+            print(f"{number}:", file=sys.stderr, flush=True)
+            print(result.text, flush=True)
         return 0
     for text in texts:
         print(text, end="", flush=True)
     print()
     return 0
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse what cannot be done, or would have no effect, while there is no model yet."""
+    if args.model.startswith(("http://", "https://")):
+        raise UserError(f"{args.model} is an address; `scratchlm chat` talks with its server.")
+    if args.chat and args.n > 1:
+        raise UserError(
+            "--n is for texts without --chat; for another answer give another --seed and a "
+            "--temperature above 0."
+        )
+    if not args.json and (args.logprobs is not None or args.prompt_logprobs is not None):
+        raise UserError("--logprobs and --prompt_logprobs are told in JSON alone; add --json.")
+    if args.length_penalty != 1 and args.num_beams == 1:
+        raise UserError("--length_penalty compares beams; add --num_beams.")
+    if args.draft is not None and args.lookup is not None:
+        raise UserError("--draft and --lookup both guess ahead; give one of them.")
+    if args.lookup is not None and args.lookup < 1:
+        raise UserError(f"--lookup is {args.lookup}; it must be at least 1 token.")
+    if args.cache_dtype not in CACHE_DTYPES:
+        known = ", ".join(CACHE_DTYPES)
+        raise UserError(f"--cache_dtype is '{args.cache_dtype}'; it must be one of {known}.")
+
+
+def engine_options(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the flags mean for `Engine`; the draft is loaded as the model was."""
+    import torch
+
+    from llm_from_scratch.core.device import PRECISIONS
+    from llm_from_scratch.generate.speculative import Draft, Lookup
+
+    dtypes = {**PRECISIONS, "int8": torch.int8}
+    options: dict[str, Any] = {"cache_dtype": dtypes.get(args.cache_dtype)}
+    if args.lookup is not None:
+        options["proposer"] = Lookup(args.lookup)
+    if args.draft is not None:
+        draft, own = load_model(argparse.Namespace(**{**vars(args), "model": args.draft}))
+        if own.tokens != tokenizer.tokens:
+            raise UserError(
+                f"--draft is {args.draft}, whose vocabulary is not that of {args.model}; a draft "
+                "must have the same tokenizer."
+            )
+        options["proposer"] = Draft(draft)  # type: ignore[arg-type]  # the engine checks it
+    return options
 
 
 def continuation(
@@ -208,11 +396,12 @@ def continuation(
     settings: SamplingSettings,
     args: argparse.Namespace,
 ) -> tuple[Iterator[str], Any]:
-    """The pieces of the text, and a function that gives the `Result` once they are through."""
+    """The pieces of the text, and a function that gives the results once they are through."""
     from llm_from_scratch.generate.generate import encode_for, stream
 
     results: list[Result] = []
-    pieces = stream(model, tokenizer, [encode_for(model, tokenizer, prompt)], settings)
+    ids = encode_for(model, tokenizer, prompt)
+    pieces = stream(model, tokenizer, [ids], settings, **engine_options(args, tokenizer))
 
     def texts() -> Iterator[str]:
         for piece in pieces:
@@ -220,7 +409,7 @@ def continuation(
                 results.append(piece.result)
             yield piece.text
 
-    return texts(), lambda: results[0]
+    return texts(), lambda: sorted(results, key=lambda one: one.choice)
 
 
 def answer(
@@ -231,11 +420,13 @@ def answer(
     args: argparse.Namespace,
 ) -> tuple[Iterator[str], Any]:
     """As `continuation`, for a message and its answer."""
+    from llm_from_scratch.generate.chat import LocalChat
     from llm_from_scratch.generate.conversation import Conversation
 
-    conversation = Conversation(model, tokenizer, settings, system=args.system)
+    chat = LocalChat(model, tokenizer, options=engine_options(args, tokenizer))
+    conversation = Conversation(chat, settings, system=args.system)
     explain_template(tokenizer)
-    return conversation.ask(prompt), lambda: conversation.result
+    return conversation.ask(prompt), lambda: [conversation.reply and conversation.reply.result]
 
 
 def report(
@@ -243,14 +434,14 @@ def report(
     prompt: str,
     text: str,
     settings: SamplingSettings,
-    result: Result,
+    results: list[Result],
 ) -> dict[str, Any]:
-    """What --json prints."""
+    """What --json prints: the text and what belongs to it, or with --n a list of these."""
+    told = [{**dataclasses.asdict(one), "new_tokens": len(one.tokens)} for one in results if one]
+    several: dict[str, Any] = {"results": told}
     return {
         "model": args.model,
         "prompt": prompt,
-        **dataclasses.asdict(result),
-        "text": text,
-        "new_tokens": len(result.tokens),
+        **(several if settings.n > 1 else {**told[0], "text": text}),
         "settings": dataclasses.asdict(settings),
     }

@@ -23,6 +23,8 @@ VERBS: dict[str, tuple[str, bool]] = {
     "pull": ("fetch pretrained weights and check them", False),
     "info": ("say what a model costs, and what fits this machine", False),
     "convert": ("write a model in another format", False),
+    "quantize": ("write a model in few bits", False),
+    "prune": ("set the least important weights of a model to zero", False),
     "doctor": ("say what this machine is, has and can do", False),
 }
 
@@ -62,7 +64,8 @@ def split_settings(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def refuse_empty(args: argparse.Namespace) -> None:
     """Refuse an empty name, such as one from an unset variable: it would be the current folder."""
-    for name in ("model", "models", "data", "text", "out", "html", "config"):
+    names = ("model", "models", "data", "text", "out", "html", "config", "calibrate")
+    for name in (*names, "draft", "json_schema", "regex"):
         value = getattr(args, name, None)
         if value == "" or (isinstance(value, list) and "" in value):
             if name == "text" and args.part == "show":

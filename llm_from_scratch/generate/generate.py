@@ -1,23 +1,22 @@
 """Text in, text out: what `scratchlm generate`, `llm.generate` and the training samples call.
 
-`stream` is the one path: it runs `tokens.Generation` and turns every row's tokens into text as
-they come, never half a character and never a piece of a stop string.
+`stream` is the one path: it puts the prompts into an engine (`texts.py`, `engine.py`) of just the
+size that they need.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from llm_from_scratch.core.errors import UserError, nearest
+from llm_from_scratch.generate.engine import room_for
+from llm_from_scratch.generate.requests import Writer
 from llm_from_scratch.generate.sampling import SamplingSettings
-from llm_from_scratch.generate.tokens import Generation, NewToken, Writer, generate_tokens
+from llm_from_scratch.generate.texts import Piece, Result, TextEngine
 from llm_from_scratch.model.encoder_decoder import EncoderDecoder
 from llm_from_scratch.text.inputs import put_around
-from llm_from_scratch.text.stream import StreamDecoder
 from llm_from_scratch.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -29,123 +28,9 @@ __all__ = [
     "encode_prompt",
     "encode_source",
     "generate",
-    "generate_tokens",
     "make_settings",
     "stream",
 ]
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished continuation.
-
-    `tokens` are the new ids without the end token; where a stop string cut the text they reach
-    behind it. `finish_reason` is "stop" (an end token), "stop_string" or "length".
-    `tokens_per_second` counts new tokens over the whole time, the reading of the prompt included;
-    rows of a batch share that time.
-    """
-
-    text: str
-    tokens: list[int]
-    finish_reason: str
-    prompt_tokens: int
-    seconds: float
-    seconds_to_first_token: float
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
-class Piece:
-    """More text for one row; `result` comes with its last piece, whose text may be empty."""
-
-    row: int
-    text: str
-    result: Result | None = None
-
-
-class StopBuffer:
-    """Text on its way out, held back as long as it could still become a stop string."""
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self.stop = tuple(stop)
-        self.held = ""
-        self.stopped = False
-
-    def push(self, text: str, *, last: bool = False) -> str:
-        """What may be shown now that `text` has come; with `last`, everything that is left."""
-        if self.stopped:
-            return ""
-        self.held += text
-        found = [place for stop in self.stop if (place := self.held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            shown, self.held = self.held[: min(found)], ""
-            return shown
-        keep = 0 if last else self._unsure()
-        cut = len(self.held) - keep
-        shown, self.held = self.held[:cut], self.held[cut:]
-        return shown
-
-    def _unsure(self) -> int:
-        """The length of the longest end of the text with which some stop string begins."""
-        longest = max((len(stop) for stop in self.stop), default=1) - 1
-        for size in range(min(longest, len(self.held)), 0, -1):
-            if any(stop.startswith(self.held[-size:]) for stop in self.stop):
-                return size
-        return 0
-
-
-class _Row:
-    """One prompt's text as it grows."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        prompt: Sequence[int],
-        beginning: Sequence[int],
-        settings: SamplingSettings,
-        stop_ids: Collection[int],
-    ) -> None:
-        self.prompt_tokens = len(prompt)
-        self.stop_ids = stop_ids
-        self.tokens: list[int] = []
-        self.text = ""
-        self.began = 0.0
-        self.first: float | None = None
-        self.decoder = StreamDecoder(tokenizer, skip_special=True)
-        self.buffer = StopBuffer(settings.stop)
-        # Some vocabularies drop the space in front of a text's first token. The continuation is
-        # no first token, so the decoder is shown where it continues from.
-        if tokenizer.bytes_rule.exact and beginning[-1] not in self.decoder.hidden:
-            self.decoder.push(beginning[-1])
-
-    def push(self, new: NewToken) -> Piece:
-        """Take in one token; the piece has a result where the row ends with it."""
-        if self.first is None:
-            self.first = time.perf_counter() - self.began
-        text = ""
-        if new.token not in self.stop_ids:
-            self.tokens.append(new.token)
-            text = self.buffer.push(self.decoder.push(new.token))
-        reason = new.finish_reason
-        if reason is not None:
-            text += self.buffer.push(self.decoder.flush(), last=True)
-        if self.buffer.stopped:
-            reason = "stop_string"
-        self.text += text
-        return Piece(new.row, text, None if reason is None else self._result(reason))
-
-    def _result(self, reason: str) -> Result:
-        seconds = time.perf_counter() - self.began
-        return Result(
-            text=self.text,
-            tokens=self.tokens,
-            finish_reason=reason,
-            prompt_tokens=self.prompt_tokens,
-            seconds=seconds,
-            seconds_to_first_token=self.first or seconds,
-            tokens_per_second=len(self.tokens) / seconds if seconds > 0 else 0.0,
-        )
 
 
 def make_settings(**settings: Any) -> SamplingSettings:
@@ -205,50 +90,39 @@ def stream(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     settings: SamplingSettings,
+    **options: Any,
 ) -> Generator[Piece, None, None]:
     """Continue prompts (token ids) together and yield text as soon as it is certain.
 
     An encoder-decoder takes them as sources and writes their targets. Prompts are checked before
-    the first piece is asked for. The generator may be closed early.
+    the first piece is asked for. The generator may be closed early. `options` are those of
+    `Engine`, such as `proposer` and `cache_dtype`.
     """
-    generation = Generation(model, prompts, settings, tokenizer.stop_ids)
-    written = tokenizer.target if isinstance(model, EncoderDecoder) else tokenizer
-    rows = [
-        _Row(written, prompt, beginning, settings, generation.stop_ids)
-        for prompt, beginning in zip(prompts, generation.beginnings, strict=True)
-    ]
-
-    def pieces() -> Generator[Piece, None, None]:
-        for row in rows:
-            row.began = time.perf_counter()
-        while generation.rows:
-            for new in generation.step():
-                piece = rows[new.row].push(new)
-                if piece.result is not None:
-                    generation.drop([new.row])
-                if piece.text or piece.result is not None:
-                    yield piece
-
-    return pieces()
+    if not prompts:
+        raise UserError("There is no prompt to continue; give at least one.")
+    options = {"cache_tokens": room_for(model, prompts, settings), **options}
+    return TextEngine(model, tokenizer, **options).stream(prompts, settings)
 
 
 def complete(
     model: Writer,
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[int]],
+    options: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> list[Result]:
-    """Continue several prompts (texts or token ids) as one batch; results in their order.
+    """Continue several prompts (texts or token ids) together; results in their order.
 
     An encoder-decoder reads each prompt as a source and writes its target. Takes the fields of
-    `SamplingSettings`. Prompt number i (from 0) is seeded with `seed` + i.
+    `SamplingSettings`; with `n` above 1 each prompt has that many results, one after another. Text
+    number i (from 0) is seeded with `seed` + i. `options` as in `stream`.
     """
     ids = [encode_for(model, tokenizer, prompt) for prompt in prompts]
-    done: dict[int, Result] = {}
-    for piece in stream(model, tokenizer, ids, make_settings(**settings)):
+    done: dict[tuple[int, int], Result] = {}
+    for piece in stream(model, tokenizer, ids, make_settings(**settings), **(options or {})):
         if piece.result is not None:
-            done[piece.row] = piece.result
-    return [done[row] for row in range(len(ids))]
+            done[piece.row, piece.choice] = piece.result
+    return [done[place] for place in sorted(done)]
 
 
 def generate(

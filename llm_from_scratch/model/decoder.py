@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +112,18 @@ class Stack(nn.Module):
         self.final_norm = make_norm(config, m) if config.final_norm else nn.Identity()
         if not self.embedding.weight.is_meta:  # else whoever brings the weights calls it
             self.make_frequencies()
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """The precision in which a pass computes."""
+        table: Any = getattr(self.embedding, "weight", self.embedding)  # packed ones say it, too
+        dtype: torch.dtype = self.compute_dtype or table.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
 
     def make_frequencies(self) -> None:
         """(Re)compute the rotary frequencies, which are no weights and are never saved."""

@@ -121,12 +121,16 @@ class Attention(nn.Module):
             k_bktd, v_bktd = cache.append(k_bktd, v_bktd)
         return self.mix(q_bhtd, k_bktd, v_bktd, mask, causal)
 
+    def source_keys_values(self, source_bsm: Tensor) -> tuple[Tensor, Tensor]:
+        """What the target looks at in an encoded source: (b, k, s, d) each."""
+        return self.split(self.k(source_bsm)), self.split(self.v(source_bsm))
+
     def look_across(self, x_btm: Tensor, sight: Sight, cache: LayerCache | None) -> Tensor:
         """Attention of the target to the encoded source, whose keys the cache keeps."""
 
         def keys_values() -> tuple[Tensor, Tensor]:
             assert sight.source is not None
-            return self.split(self.k(sight.source)), self.split(self.v(sight.source))
+            return self.source_keys_values(sight.source)
 
         k_bksd, v_bksd = cache.look_across(keys_values) if cache is not None else keys_values()
         return self.mix(self.split(self.q(x_btm)), k_bksd, v_bksd, sight.source_mask, False)

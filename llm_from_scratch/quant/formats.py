@@ -43,7 +43,7 @@ def _halves(blocks: Tensor, start: int, count: int = 1) -> Tensor:
     return blocks[:, start : start + 2 * count].contiguous().view(torch.float16).float()
 
 
-def _fields(data: Tensor, width: int) -> Tensor:
+def bit_fields(data: Tensor, width: int) -> Tensor:
     """The 8 / width numbers in each byte, lowest bits first: (..., b) -> (..., 8 / width, b)."""
     mask = (1 << width) - 1
     return torch.stack([(data >> shift) & mask for shift in range(0, 8, width)], dim=-2)
@@ -125,22 +125,22 @@ def _decode_q4_1(blocks: Tensor, out: Tensor) -> None:
     out[:, 16:] = (q >> 4).float().mul_(d).add_(m)
 
 
-def _five_bits(high: Tensor, low: Tensor) -> Tensor:
+def five_bits(high: Tensor, low: Tensor) -> Tensor:
     """4 bytes of fifth bits, the first value's lowest, and 16 bytes of nibbles: (n, 32)."""
-    fifth = _fields(high, 1).transpose(1, 2).reshape(-1, 32)
-    return _fields(low, 4).view(-1, 32) | (fifth << 4)
+    fifth = bit_fields(high, 1).transpose(1, 2).reshape(-1, 32)
+    return bit_fields(low, 4).view(-1, 32) | (fifth << 4)
 
 
 def _decode_q5_0(blocks: Tensor, out: Tensor) -> None:
     """fp16 d, 4 bytes of fifth bits, 16 bytes q: x = d (q - 16). Nibbles as in Q4_0."""
-    q = _five_bits(blocks[:, 2:6], blocks[:, 6:])
+    q = five_bits(blocks[:, 2:6], blocks[:, 6:])
     out.copy_(q.float().sub_(16).mul_(_halves(blocks, 0)))
 
 
 def _decode_q5_1(blocks: Tensor, out: Tensor) -> None:
     """fp16 d, fp16 m, 4 bytes of fifth bits, 16 bytes q: x = d q + m."""
     d, m = _halves(blocks, 0, 2).split(1, dim=1)
-    q = _five_bits(blocks[:, 4:8], blocks[:, 8:])
+    q = five_bits(blocks[:, 4:8], blocks[:, 8:])
     out.copy_(q.float().mul_(d).add_(m))
 
 
@@ -154,7 +154,7 @@ def _curve(q: Tensor) -> Tensor:
 
 def _decode_iq4_nl(blocks: Tensor, out: Tensor) -> None:
     """fp16 d, 16 bytes q: x = d curve(q). Nibbles as in Q4_0."""
-    q = _fields(blocks[:, 2:], 4).view(-1, 32)
+    q = bit_fields(blocks[:, 2:], 4).view(-1, 32)
     out.copy_(_curve(q).mul_(_halves(blocks, 0)))
 
 
@@ -167,10 +167,10 @@ def _decode_q2_k(blocks: Tensor, out: Tensor) -> None:
     Each of 16 sub-blocks has a scale s (low nibble) and a minimum m (high). Per half of 128 values:
     value 32 g + l is at position 2 g of byte l of that half's 32 bytes q.
     """
-    s, m = _fields(blocks[:, :16], 4).float().unbind(1)
+    s, m = bit_fields(blocks[:, :16], 4).float().unbind(1)
     scale = s.mul_(_halves(blocks, 80))[..., None]
     least = m.mul_(_halves(blocks, 82))[..., None]
-    q = _fields(blocks[:, 16:80].reshape(-1, 2, 32), 2).view(-1, 16, 16)
+    q = bit_fields(blocks[:, 16:80].reshape(-1, 2, 32), 2).view(-1, 16, 16)
     out.copy_(q.float().mul_(scale).sub_(least).view(-1, 256))
 
 
@@ -180,17 +180,17 @@ def _decode_q3_k(blocks: Tensor, out: Tensor) -> None:
     q has its low 2 bits as in Q2_K, its third at position i of byte l for value 32 i + l. The 6-bit
     scales have their low 4 bits in bytes 0-7 (low nibbles, then high), their high 2 in bytes 8-11.
     """
-    low = _fields(blocks[:, 96:104], 4).view(-1, 16)
-    high = _fields(blocks[:, 104:108], 2).view(-1, 16)
+    low = bit_fields(blocks[:, 96:104], 4).view(-1, 16)
+    high = bit_fields(blocks[:, 104:108], 2).view(-1, 16)
     scale = (low | (high << 4)).float().sub_(32).mul_(_halves(blocks, 108))
-    third = _fields(blocks[:, :32], 1).view(-1, 256)
-    q = _fields(blocks[:, 32:96].reshape(-1, 2, 32), 2).view(-1, 256)
+    third = bit_fields(blocks[:, :32], 1).view(-1, 256)
+    q = bit_fields(blocks[:, 32:96].reshape(-1, 2, 32), 2).view(-1, 256)
     q = (q | (third << 2)).float().sub_(4).view(-1, 16, 16)
     out.copy_(q.mul_(scale[..., None]).view(-1, 256))
 
 
-def _scales_k(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and minimum of the eight sub-blocks in Q4_K and Q5_K, each (n, 8, 1).
+def small_scales_k(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The small scales and minima of the eight sub-blocks in Q4_K and Q5_K, each (n, 8) uint8.
 
     After fp16 d and dmin, 12 bytes hold 6-bit numbers: s0-s3 (low 6 bits of bytes 0-3), m0-m3 (of
     bytes 4-7); s4-s7 and m4-m7 have their low 4 bits in the nibbles of bytes 8-11 and their high 2
@@ -199,6 +199,12 @@ def _scales_k(blocks: Tensor) -> tuple[Tensor, Tensor]:
     first, second, third = blocks[:, 4:16].split(4, dim=1)
     s = torch.cat([first & 63, (third & 15) | ((first >> 6) << 4)], dim=1)
     m = torch.cat([second & 63, (third >> 4) | ((second >> 6) << 4)], dim=1)
+    return s, m
+
+
+def _scales_k(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and minimum of the eight sub-blocks as numbers, each (n, 8, 1)."""
+    s, m = small_scales_k(blocks)
     scale = s.float().mul_(_halves(blocks, 0))
     least = m.float().mul_(_halves(blocks, 2))
     return scale[..., None], least[..., None]
@@ -210,15 +216,15 @@ def _decode_q4_k(blocks: Tensor, out: Tensor) -> None:
     Each 32 bytes of q are two sub-blocks of 32 values: low nibbles, then high nibbles.
     """
     scale, least = _scales_k(blocks)
-    q = _fields(blocks[:, 16:].reshape(-1, 4, 32), 4).view(-1, 8, 32)
+    q = bit_fields(blocks[:, 16:].reshape(-1, 4, 32), 4).view(-1, 8, 32)
     out.copy_(q.float().mul_(scale).sub_(least).view(-1, 256))
 
 
 def _decode_q5_k(blocks: Tensor, out: Tensor) -> None:
     """Q4_K with 32 bytes of fifth bits before q: value 32 i + l has its at bit i of byte l."""
     scale, least = _scales_k(blocks)
-    fifth = _fields(blocks[:, 16:48], 1)
-    q = _fields(blocks[:, 48:].reshape(-1, 4, 32), 4).view(-1, 8, 32)
+    fifth = bit_fields(blocks[:, 16:48], 1)
+    q = bit_fields(blocks[:, 48:].reshape(-1, 4, 32), 4).view(-1, 8, 32)
     q = q | (fifth << 4)
     out.copy_(q.float().mul_(scale).sub_(least).view(-1, 256))
 
@@ -230,8 +236,8 @@ def _decode_q6_k(blocks: Tensor, out: Tensor) -> None:
     l + 32 (g mod 2) of that half's 64 bytes ql, low nibble for g < 2 and high nibble for g >= 2,
     and its high 2 bits at position 2 g of byte l of that half's 32 bytes qh.
     """
-    low = _fields(blocks[:, :128].reshape(-1, 2, 64), 4).view(-1, 2, 4, 32)
-    high = _fields(blocks[:, 128:192].reshape(-1, 2, 32), 2)
+    low = bit_fields(blocks[:, :128].reshape(-1, 2, 64), 4).view(-1, 2, 4, 32)
+    high = bit_fields(blocks[:, 128:192].reshape(-1, 2, 32), 2)
     q = (low | (high << 4)).float().sub_(32).view(-1, 16, 16)
     scale = blocks[:, 192:208].view(torch.int8).float().mul_(_halves(blocks, 208))
     out.copy_(q.mul_(scale[..., None]).view(-1, 256))
@@ -242,10 +248,10 @@ def _decode_iq4_xs(blocks: Tensor, out: Tensor) -> None:
 
     Scale i has its low 4 bits in nibble i of the 4 bytes, its high 2 bits in pair i of the 2.
     """
-    high = _fields(blocks[:, 2:4], 2).transpose(1, 2).reshape(-1, 8)
-    low = _fields(blocks[:, 4:8], 4).transpose(1, 2).reshape(-1, 8)
+    high = bit_fields(blocks[:, 2:4], 2).transpose(1, 2).reshape(-1, 8)
+    low = bit_fields(blocks[:, 4:8], 4).transpose(1, 2).reshape(-1, 8)
     scale = (low | (high << 4)).float().sub_(32).mul_(_halves(blocks, 0))
-    q = _fields(blocks[:, 8:].reshape(-1, 8, 16), 4).view(-1, 8, 32)
+    q = bit_fields(blocks[:, 8:].reshape(-1, 8, 16), 4).view(-1, 8, 32)
     out.copy_(_curve(q).mul_(scale[..., None]).view(-1, 256))
 
 

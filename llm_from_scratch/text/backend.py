@@ -9,53 +9,87 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.core.freed import give_back
 from llm_from_scratch.text.checks import Spec
+from llm_from_scratch.text.packed import BLOCK, PackedModel, unusable
 
 Placed = tuple[int, int, int]  # a token's id, and where in the text it begins and ends
 
 
 def open_backend(spec: Spec, *, special: bool) -> tokenizers.Tokenizer:
     """A fast tokenizer for `spec`; `special`: whether special tokens in the text are found."""
+    return open_packed(spec, PackedModel(spec["model"]), special=special)
+
+
+def open_packed(
+    rules: Spec, model: PackedModel, *, special: bool, source: Path | str | None = None
+) -> tokenizers.Tokenizer:
+    """The same for the specification `rules` with this model in place of its own.
+
+    `source` is the file that they came from, which an error names.
+    """
     try:
-        backend = _open_unigram(spec) if spec["model"].get("type") == "Unigram" else None
+        unigram = model.rest.get("type") == "Unigram"
+        backend = _open_unigram(rules, model) if unigram else None
         if backend is None:
-            backend = tokenizers.Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
+            backend = tokenizers.Tokenizer.from_buffer(model.text(rules))
     except BaseException as error:  # the package raises plain Exception for whatever it dislikes
         _refused(error)
-        raise UserError(f"This tokenizer.json cannot be used: {error}.") from error
+        raise unusable(error, source) from error
     backend.no_truncation()  # files made for a certain model may cut and pad every text
     backend.no_padding()
     backend.encode_special_tokens = not special
+    if model.size > BLOCK:
+        give_back()
     return backend
 
 
-def _open_unigram(spec: Spec) -> tokenizers.Tokenizer | None:
+def check_rules(rules: Spec, model: PackedModel) -> None:
+    """Refuse what the package refuses, without the time and memory that a vocabulary takes."""
+    try:
+        if model.rest.get("type") == "Unigram" and model.scored:
+            _steps(rules)
+            _added(rules)
+            return
+        empty: Spec = {**model.rest, "vocab": [["", 0.0]] if model.scored else {}}
+        if model.merges is not None:
+            empty["merges"] = []
+        tokenizers.Tokenizer.from_str(json.dumps({**rules, "model": empty}, ensure_ascii=False))
+    except BaseException as error:
+        _refused(error)
+        raise unusable(error) from error
+
+
+def _open_unigram(rules: Spec, packed: PackedModel) -> tokenizers.Tokenizer | None:
     """The same without JSON for the scores, or None where that cannot be.
 
     The package reads a number such as -9.077554702758789 as its neighbour. In a row of equal
     characters many cuts are equally good, and then the last bit decides.
     """
-    pieces = []
-    for piece, score in spec["model"]["vocab"]:
-        if not isinstance(piece, str) or type(score) not in (int, float):
-            raise ValueError(f"{[piece, score]!r:.60} is no piece with a score")
-        pieces.append((piece, float(score)))
-    nothing = {"type": "Unigram", "unk_id": 0, "vocab": [["", 0.0]]}
-    rest = {**spec, "model": nothing, "added_tokens": [], "post_processor": None}
-    shell = tokenizers.Tokenizer.from_str(json.dumps(rest, ensure_ascii=False))
     model = tokenizers.models.Unigram(
-        pieces, spec["model"].get("unk_id"), bool(spec["model"].get("byte_fallback", False))
+        packed.pieces(), packed.rest.get("unk_id"), bool(packed.rest.get("byte_fallback", False))
     )
-    added = [
+    return _assembled(model, _steps(rules), _added(rules))
+
+
+def _steps(rules: Spec) -> tokenizers.Tokenizer:
+    """A tokenizer of these steps and nothing else."""
+    nothing = {"type": "Unigram", "unk_id": 0, "vocab": [["", 0.0]]}
+    rest = {**rules, "model": nothing, "added_tokens": [], "post_processor": None}
+    return tokenizers.Tokenizer.from_str(json.dumps(rest, ensure_ascii=False))
+
+
+def _added(rules: Spec) -> list[tuple[int, tokenizers.AddedToken]]:
+    return [
         (entry["id"], tokenizers.AddedToken(**{k: v for k, v in entry.items() if k != "id"}))
-        for entry in spec.get("added_tokens") or []
+        for entry in rules.get("added_tokens") or []
     ]
-    return _assembled(model, shell, added)
 
 
 def _assembled(

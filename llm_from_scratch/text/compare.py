@@ -140,9 +140,10 @@ def as_json(comparison: Comparison, shown: Sequence[dict[str, Any]]) -> dict[str
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
        color: #1b1b1b; background: #fff; }
+div { overflow-x: auto; }
 table { border-collapse: collapse; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ccc; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; }
 p.tokens { font-family: ui-monospace, monospace; line-height: 1.9; overflow-wrap: anywhere; }
 p.tokens span { padding: .1rem 0; border-radius: .2rem; white-space: pre-wrap; }
 .c0 { background: #cfe3f1; } .c1 { background: #f3dfc1; } .c2 { background: #d2ead4; }
@@ -169,10 +170,11 @@ def page(
         for comparison, tokens in zip(comparisons, shown, strict=True)
     )
     return (
-        "<!doctype html>\n<meta charset=utf-8>\n"
+        "<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n"
         '<meta name=viewport content="width=device-width">\n'
         f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n"
-        f"<h1>{html.escape(title)}</h1>\n<table>\n<tr>{heads}</tr>\n{rows}\n</table>\n{texts}\n"
+        f"<h1>{html.escape(title)}</h1>\n<div><table>\n<tr>{heads}</tr>\n{rows}\n"
+        f"</table></div>\n{texts}\n"
     )
 
 

@@ -131,12 +131,6 @@ def bpe_spec(
     if missing := [token for token in special if token not in vocab]:
         raise UserError(f"The special token '{missing[0]}' is not in the vocabulary: add it first.")
     pairs = [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in merges]
-    for pair in pairs:
-        if len(pair) != 2 or pair[0] not in vocab or pair[0] + pair[1] not in vocab:
-            raise UserError(
-                f"The merge {' '.join(pair)!r} does not fit the vocabulary: vocabulary and merges "
-                "must come from the same tokenizer."
-            )
     spec = _spec(vocab, pairs, special, ignore_merges=ignore_merges)
     spec["pre_tokenizer"] = byte_level(pattern, add_prefix_space=add_prefix_space)
     if individual_digits:

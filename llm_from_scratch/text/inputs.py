@@ -228,7 +228,7 @@ def encode_inputs(
 
 def put_around(tokenizer: Tokenizer) -> tuple[bool, bool]:
     """Whether the bos token is put before a text, and the eos token behind it."""
-    parts = [what for what, _ in parts_of(tokenizer.spec.get("post_processor"), pair=False)]
+    parts = [what for what, _ in parts_of(tokenizer.rules.get("post_processor"), pair=False)]
     text = parts.index("A")
     before = [tokenizer.bos_id] in parts[:text]
     after = [tokenizer.eos_id] in parts[text:]
@@ -238,7 +238,7 @@ def put_around(tokenizer: Tokenizer) -> tuple[bool, bool]:
 
 def _processor(tokenizer: Tokenizer) -> dict[str, Any] | None:
     """The post-processor of a tokenizer; where only the config says what is put around, from it."""
-    known: dict[str, Any] | None = tokenizer.spec.get("post_processor")
+    known: dict[str, Any] | None = tokenizer.rules.get("post_processor")
     if known is not None:
         return known
     roles = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}

@@ -13,7 +13,7 @@ Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import regex
@@ -88,6 +88,20 @@ def special_splitter(special: Sequence[str]) -> Callable[[str], list[str]]:
         return lambda text: [text]
     longest_first = sorted(special, key=len, reverse=True)
     return regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")").split
+
+
+def check_characters(text: str, known: Collection[str], special: Sequence[str]) -> None:
+    """Refuse a text with a character, outside of the tokens `special`, that is not `known`."""
+    place = 0
+    for i, part in enumerate(special_splitter(special)(text)):
+        for j, character in enumerate(part if i % 2 == 0 else ""):
+            if character not in known:
+                raise UserError(
+                    f"The character {character!r} (number {place + j + 1} of the text) is not "
+                    "in this character vocabulary: leave it out, or train the tokenizer with "
+                    "an unknown token."
+                )
+        place += len(part)
 
 
 def count_words(

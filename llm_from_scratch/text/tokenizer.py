@@ -17,13 +17,21 @@ import tokenizers
 
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.core.json_files import read_json_object
-from llm_from_scratch.text.backend import inert_spec, open_backend, run_backend, sibling
+from llm_from_scratch.text.backend import (
+    check_rules,
+    inert_spec,
+    open_backend,
+    open_packed,
+    run_backend,
+    sibling,
+)
 from llm_from_scratch.text.checks import REMEDY, Config, Spec, check_spec, stop_ids
-from llm_from_scratch.text.files import read_tokenizer, write_tokenizer
+from llm_from_scratch.text.files import SPEC, read_tokenizer, write_tokenizer
 from llm_from_scratch.text.formats import added_token, guess_roles, read_tiktoken
 from llm_from_scratch.text.front import Front, run_front
 from llm_from_scratch.text.inputs import Encoded, encode_inputs
-from llm_from_scratch.text.pretokenize import special_splitter
+from llm_from_scratch.text.packed import PackedModel, known_ids
+from llm_from_scratch.text.pretokenize import check_characters
 from llm_from_scratch.text.token_bytes import TokenBytes
 
 # Tokens at which an assistant's turn ends in the chat templates people use.
@@ -45,23 +53,38 @@ def without_surrogates(text: str) -> str:
 class Tokenizer:
     """A vocabulary and its rules. Make one with `load`, `from_spec`, or by training.
 
+    The vocabulary stays packed (`packed.py`), and the `tokenizers` package is given it when the
+    first text is encoded: who only loads a model does not wait for it, nor hold it twice.
+
     Attributes:
-        spec: the content of its `tokenizer.json`.
+        rules: the content of its `tokenizer.json` but for the vocabulary and the merges in "model".
         config: the content of its `tokenizer_config.json`.
         front: what is done to a text before that, where `tokenizer.json` cannot say it.
+        source: the file that it came from, which errors name; or None.
     """
 
     def __init__(
         self, spec: Spec, config: Config | None = None, front: Front | None = None
     ) -> None:
-        check_spec(spec)
         self.front = front
-        self.spec = {**spec, "added_tokens": spec.get("added_tokens") or []}
-        _ = self._plain  # a specification that cannot be used says so here
+        self.source: Path | str | None = None
+        self._take(spec)
         self.config: Config = dict(config or {})
         if not any(role in self.config for role in ("bos_token", "eos_token")):
             self.config = guess_roles(list(self.special_tokens)) | self.config
         self.extra_stop_ids: set[int] = set()
+
+    def _take(self, spec: Spec) -> None:
+        """Let `spec` be the specification, and drop what was derived from an earlier one."""
+        check_spec(spec)
+        model, added = PackedModel(spec["model"]), spec.get("added_tokens") or []
+        rules: Spec = {**spec, "added_tokens": added, "model": model.rest}
+        check_rules(rules, model)
+        self._model, self.rules = model, rules
+        self._known = known_ids(added, spec["model"]["vocab"])
+        for name, value in vars(type(self)).items():
+            if isinstance(value, cached_property):
+                self.__dict__.pop(name, None)
         self._bytes_of: dict[int, bytes] = {}
 
     # ---------------------------------------------------------------- making and keeping
@@ -80,13 +103,14 @@ class Tokenizer:
         That is `tokenizer.json`, a SentencePiece model, `vocab.txt`, or `vocab.json` with
         `merges.txt`: whichever comes first.
         """
-        found = read_tokenizer(path)
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        found, path = read_tokenizer(path), Path(path)
+        folder = path if path.is_dir() else path.parent
+        source = path / SPEC if (path / SPEC).is_file() else path
         try:
             tokenizer = cls.from_spec(found.spec, found.config, found.front)
         except UserError as error:
-            file = folder / "tokenizer.json"
-            raise UserError(f"{file if file.is_file() else path}: {error}") from error
+            raise UserError(f"{source}: {error}") from error
+        tokenizer.source = source
         generation = folder / "generation_config.json"
         if generation.is_file():
             values = read_json_object(generation, REMEDY)
@@ -110,7 +134,8 @@ class Tokenizer:
 
         A Japanese BERT's and a Marian tokenizer are written as the files of their classes.
         """
-        write_tokenizer(folder, self.spec, self.config, self.front, self.tokens)
+        tokens = self.tokens if self.front is not None else []
+        write_tokenizer(folder, self.spec, self.config, self.front, tokens)
 
     def add_tokens(self, tokens: Sequence[str], *, special: bool = False) -> int:
         """Append tokens to the vocabulary; those that it has are only marked as added.
@@ -122,7 +147,7 @@ class Tokenizer:
         if any(not token for token in tokens):
             raise UserError("An added token is empty: give every token some text.")
         before = self.vocab_size
-        added = {entry["content"]: entry for entry in self.spec["added_tokens"]}
+        added = {entry["content"]: entry for entry in self.rules["added_tokens"]}
         ids = {token: i for i, token in enumerate(self.tokens) if token is not None}
         top = before
         for token in dict.fromkeys(tokens):
@@ -130,37 +155,30 @@ class Tokenizer:
             top = max(top, number + 1)
             added[token] = added_token(token, number, special=special)
         entries = sorted(added.values(), key=lambda entry: entry["id"])
-        self.spec = {**self.spec, "added_tokens": entries}
-        self._forget()
+        self._take({**self.spec, "added_tokens": entries})
         return self.vocab_size - before
 
-    def _forget(self) -> None:
-        """Drop everything that was derived from an earlier specification."""
-        for name, value in vars(type(self)).items():
-            if isinstance(value, cached_property):
-                self.__dict__.pop(name, None)
-        self._bytes_of = {}
-
     # ---------------------------------------------------------------- what it has
+
+    @property
+    def spec(self) -> Spec:
+        """The content of its `tokenizer.json`, unpacked anew: keep it where it is needed often."""
+        return {**self.rules, "model": self._model.whole()}
 
     @cached_property
     def tokens(self) -> list[str | None]:
         """The vocabulary by id, in its own notation; None where an id has no token."""
-        vocab = self.spec["model"]["vocab"]
-        if isinstance(vocab, list):  # Unigram: pairs of piece and score
-            pairs = [(piece, i) for i, (piece, _) in enumerate(vocab)]
-        else:
-            pairs = list(vocab.items())
-        pairs += [(token["content"], token["id"]) for token in self.spec["added_tokens"]]
-        tokens: list[str | None] = [None] * (max((i for _, i in pairs), default=-1) + 1)
-        for token, i in pairs:
+        tokens: list[str | None] = [None] * self.vocab_size
+        for token, i in self._model.tokens():
+            tokens[i] = token
+        for i, token in self._added.items():
             tokens[i] = token
         return tokens
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """The highest id plus one: special and added tokens are included."""
-        return len(self.tokens)
+        return max([self._model.top, *self._added]) + 1
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -168,22 +186,23 @@ class Tokenizer:
     @cached_property
     def special_tokens(self) -> dict[str, int]:
         """Special tokens and their ids, in the order of the ids."""
-        return {
-            token["content"]: token["id"] for token in self.spec["added_tokens"] if token["special"]
-        }
+        return {t["content"]: t["id"] for t in self.rules["added_tokens"] if t["special"]}
 
     @cached_property
     def kind(self) -> str:
         """ "bpe", "char", "wordpiece", "unigram" or "wordlevel"."""
-        model = self.spec["model"]
-        kind = model.get("type") or ("BPE" if "merges" in model else "WordPiece")
-        if kind == "BPE" and not model["merges"] and not self.spec.get("pre_tokenizer"):
+        merges = self._model.merges
+        kind = self._model.rest.get("type") or ("WordPiece" if merges is None else "BPE")
+        if kind == "BPE" and not merges and not self.rules.get("pre_tokenizer"):
             return "char"
         return str(kind).lower()
 
     def token_id(self, token: str) -> int | None:
         """The id of a token in the vocabulary's own notation, special ones included."""
-        number = self._plain.token_to_id(without_surrogates(token))
+        token = without_surrogates(token)
+        if token in self._known:
+            return self._known[token]
+        number = self._plain.token_to_id(token)
         return None if number is None else int(number)
 
     def _role(self, role: str) -> int | None:
@@ -208,7 +227,7 @@ class Tokenizer:
     @property
     def unk_id(self) -> int | None:
         """The token for what the vocabulary cannot express; None when there is none."""
-        model = self.spec["model"]
+        model = self._model.rest
         if isinstance(model.get("unk_id"), int):  # Unigram
             return int(model["unk_id"])
         token = model.get("unk_token") or self.config.get("unk_token")
@@ -236,7 +255,11 @@ class Tokenizer:
         Its ids are the same model's, and `decode` may be that of either.
         """
         found = self.front.target() if self.front else None
-        return Tokenizer(found[0], self.config, found[1]) if found else self
+        if found is None:
+            return self
+        target = Tokenizer(found[0], self.config, found[1])
+        target.source = self.source
+        return target
 
     @property
     def chat_template(self) -> str | None:
@@ -273,7 +296,7 @@ class Tokenizer:
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
-        return open_backend(self.spec, special=False)
+        return open_packed(self.rules, self._model, special=False, source=self.source)
 
     @cached_property
     def _with_special(self) -> tokenizers.Tokenizer:
@@ -331,10 +354,10 @@ class Tokenizer:
         """The ids of texts; with a front, of what lies between the added tokens in them."""
         if self.front is None:
             return run_backend(backend, texts)
-        added = {t["content"]: t["id"] for t in self.spec["added_tokens"]}
+        added = {t["content"]: t["id"] for t in self.rules["added_tokens"]}
         if special:  # what lies between special tokens is plain text all the same
             return run_front(self.front, self._plain, texts, added)
-        plain = [t["content"] for t in self.spec["added_tokens"] if not t["special"]]
+        plain = [t["content"] for t in self.rules["added_tokens"] if not t["special"]]
         return run_front(self.front, backend, texts, {token: added[token] for token in plain})
 
     def _disarmed(self, ids: list[int], text: str) -> list[int]:
@@ -350,36 +373,27 @@ class Tokenizer:
     @cached_property
     def _characters(self) -> frozenset[str] | None:
         """For a character vocabulary without an unknown token: the characters that it has."""
-        if self.kind != "char" or self.spec["model"]["unk_token"] is not None:
+        if self.kind != "char" or self._model.rest.get("unk_token") is not None:
             return None
-        return frozenset(self.spec["model"]["vocab"])
+        return frozenset(token for token, _ in self._model.tokens())
 
     def _check_characters(self, text: str, special: bool) -> None:
         known = self._characters
         if known is None or known.issuperset(text):
             return
-        added = [t["content"] for t in self.spec["added_tokens"] if special or not t["special"]]
-        place = 0
-        for i, part in enumerate(special_splitter(added)(text)):
-            for j, character in enumerate(part if i % 2 == 0 else ""):
-                if character not in known:
-                    raise UserError(
-                        f"The character {character!r} (number {place + j + 1} of the text) is not "
-                        "in this character vocabulary: leave it out, or train the tokenizer with "
-                        "an unknown token."
-                    )
-            place += len(part)
+        added = [t["content"] for t in self.rules["added_tokens"] if special or not t["special"]]
+        check_characters(text, known, added)
 
     # ---------------------------------------------------------------- ids to text
 
     @cached_property
     def bytes_rule(self) -> TokenBytes:
         """How this vocabulary writes bytes."""
-        return TokenBytes(self.spec)
+        return TokenBytes(self.rules)
 
     @cached_property
     def _added(self) -> dict[int, str]:
-        return {token["id"]: token["content"] for token in self.spec["added_tokens"]}
+        return {token["id"]: token["content"] for token in self.rules["added_tokens"]}
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token: half a character perhaps; b"" for an id without a token."""
@@ -394,8 +408,15 @@ class Tokenizer:
             added = self._added[token_id]
             plain = self.bytes_rule.letters
             return added.encode() if plain else self.bytes_rule(added, first=first)
-        token = self.tokens[token_id] if 0 <= token_id < len(self.tokens) else None
+        token = self._token(token_id) if 0 <= token_id < self.vocab_size else None
         return b"" if token is None else self.bytes_rule(token, first=first)
+
+    def _token(self, token_id: int) -> str | None:
+        """`tokens[token_id]`; a few tokens are no reason to unpack them all."""
+        if "tokens" in self.__dict__ or not self._model.unique:
+            return self.tokens[token_id]
+        found: str | None = self._plain.id_to_token(token_id)
+        return found
 
     def first_bytes(self, token_id: int) -> bytes:
         """The bytes of a token that begins a text: some vocabularies drop its space there."""

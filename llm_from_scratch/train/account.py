@@ -126,8 +126,13 @@ def account(
     dtype, precision = _precisions(found, question.dtype, device, train)
     compute = PRECISIONS[precision]
 
+    kept = found.kept and device.type == "cpu" and question.dtype == "auto"
+
     def infer(b: int, n: int) -> dict[str, float]:
-        return inference_memory(config, b, n, PRECISIONS[dtype], device.type, head)
+        parts = inference_memory(config, b, n, PRECISIONS[dtype], device.type, head)
+        if kept and found.stored_bytes is not None:
+            parts["weights"] = float(found.stored_bytes)
+        return parts
 
     def learn(b: int, n: int) -> TrainingMemory:
         # Training's batches hold padding, or several documents in a row, so they have masks.

@@ -35,13 +35,16 @@ from llm_from_scratch.core.runlog import LiveLine, plot_losses, write_json
 from llm_from_scratch.data.loader import IGNORED, Batch, PackedTokens, evaluation_batches
 from llm_from_scratch.evaluate.bits_per_byte import bits_per_byte, nats_of
 from llm_from_scratch.generate.generate import complete
+from llm_from_scratch.model.config import ModelConfig
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.flops import parameter_count, training_flops_per_token
 from llm_from_scratch.model.inventory import active_parameter_count
+from llm_from_scratch.model.memory import Pass
 from llm_from_scratch.model.presets import resolve
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.train.loop import Hooks, Loop
 from llm_from_scratch.train.losses import LossSum, next_token_loss_sum, with_balance
+from llm_from_scratch.train.memory import training_memory
 from llm_from_scratch.train.parallel import join_world, leave_world, wait_for_all
 from llm_from_scratch.train.prepare import PYTHON, Prepared, prepare, reopen
 from llm_from_scratch.train.settings import PretrainConfig
@@ -231,7 +234,7 @@ def start(
     # What can be known to be wrong comes out before the work.
     shape = resolve(config.model, config.tokenizer.vocab_size, config.data.seq_len)
     config = settle(config)
-    refuse_too_large(parameter_count(shape), memory_bytes(pick_device(config.train.device)))
+    refuse_too_large(shape, config.train.optimizer, memory_bytes(pick_device(config.train.device)))
     family_of(shape)  # what cannot be saved need not be trained
     if config.tokenizer.path is not None:
         Tokenizer.load(Path(config.tokenizer.path))
@@ -263,13 +266,14 @@ def _sizes(model: Decoder) -> str:
     return text if active == total else f"{text} (a token meets {active / 1e6:.2f} M)"
 
 
-def refuse_too_large(parameters: int, memory: int | None) -> None:
-    """Raise for a model whose weights, gradients and moments alone exceed the memory."""
-    needed = 16 * parameters  # fp32: weight, gradient, two moments
+def refuse_too_large(shape: ModelConfig, optimizer: str, memory: int | None) -> None:
+    """Raise for a model that exceeds the memory even without any text to work on."""
+    parts = training_memory(shape, Pass(1, 1), optimizer)
+    needed = parts.weights + parts.gradients + parts.optimizer
     if memory is not None and needed > memory:
         raise UserError(
-            f"The model has {parameters / 1e6:,.0f} M parameters; training it takes at least "
-            f"{human_bytes(needed)}, but there are {human_bytes(memory)} of memory. Choose a "
+            f"The model has {parameter_count(shape) / 1e6:,.0f} M parameters; training it takes at "
+            f"least {human_bytes(needed)}, but there are {human_bytes(memory)} of memory. Choose a "
             "smaller model.preset, model.depth or model.d_model."
         )
 

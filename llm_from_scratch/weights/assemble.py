@@ -7,23 +7,27 @@ tensor takes its parameter's place, one at a time.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.core.freed import give_back
 from llm_from_scratch.model.config import EncoderDecoderConfig, ModelConfig
 from llm_from_scratch.model.decoder import Decoder, Stack
 from llm_from_scratch.model.encoder import Encoder
 from llm_from_scratch.model.encoder_decoder import EncoderDecoder
 from llm_from_scratch.model.heads import Backbone, Head, HeadConfig, MaskedLM, make_head
 from llm_from_scratch.model.unfilled import unfilled
+from llm_from_scratch.weights.families.table import Entry
+from llm_from_scratch.weights.layouts import stored_shape
+from llm_from_scratch.weights.packing import tie_packed
 
 Model = Backbone | Head
+GIVE_BACK_EVERY = 1 << 22  # numbers
 
 
 @contextlib.contextmanager
@@ -45,16 +49,20 @@ def undisturbed() -> Iterator[None]:
             gc.enable()
 
 
-def give_back() -> None:
-    """Return what a tokenizer's reading has left over to the system, before the weights come.
+def sparing(model: nn.Module, entries: Iterable[Entry]) -> Iterator[Entry]:
+    """The entries, whose parameters `model` gets between them.
 
-    Parsing a vocabulary of 262,144 entries leaves 280 MB of freed small pieces, which the C library
-    keeps for later small pieces; weights are large and would come on top. Linux (glibc) only;
-    elsewhere nothing happens.
+    What a tensor took before it was turned or converted is returned to the system now and then.
     """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+    numbers = 0
+    for entry in entries:
+        shape = stored_shape(entry, [model.get_parameter(name).shape for name in entry.ours])
+        numbers += prod(shape)
+        yield entry
+        if numbers > GIVE_BACK_EVERY:
+            give_back()
+            numbers = 0
+    give_back()
 
 
 def empty_model(
@@ -81,7 +89,7 @@ def put(model: nn.Module, name: str, value: Tensor) -> None:
 def complete(model: nn.Module, device: torch.device | str) -> None:
     """Tie what is tied, compute what is not stored, and make the model ready for inference."""
     for module in model.modules():
-        if isinstance(module, Decoder) and module.config.tie_embeddings:
+        if isinstance(module, Decoder) and module.config.tie_embeddings and not tie_packed(module):
             module.head.weight = module.embedding.weight
         if isinstance(module, Stack):
             module.make_frequencies()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,12 @@ from llm_from_scratch.core.files import ASIDE, explain_os_error, folder_aside
 from llm_from_scratch.core.json_files import read_json_object
 from llm_from_scratch.weights.catalogue import Report, to_stderr
 from llm_from_scratch.weights.describe import describe_folder
+from llm_from_scratch.weights.families import read_config
 from llm_from_scratch.weights.folder import is_model_folder, refuse_foreign_folder, save_folder
 from llm_from_scratch.weights.gguf import GGUF
 from llm_from_scratch.weights.gguf_save import KINDS, check_description, save_gguf
 from llm_from_scratch.weights.pickles import pickle_files, write_safetensors
+from llm_from_scratch.weights.quantized_write import Codes
 from llm_from_scratch.weights.sentence_layout import MODULES
 from llm_from_scratch.weights.sources import DTYPES, STORED, load, locate
 
@@ -85,7 +87,7 @@ def convert(
     if not pickles:
         source = locate(model, pickles=True)
         pickles = pickle_files(source) if source.is_dir() else []
-    _check_out(out, source, to)
+    check_out(out, source, to)
     if to == "gguf" and source.is_dir() and is_model_folder(source):
         told = describe_folder(source)
         # What is in a pickle is not known yet: the head that config.json names may be missing.
@@ -110,7 +112,7 @@ def convert(
             save_gguf(loaded, tokenizer, out, kind=kind)
         else:
             kind = str(stored).removeprefix("torch.")
-            _save_folder(loaded, tokenizer, place, out)
+            save_with_sides(loaded, tokenizer, place, out)
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
     return Converted(
         path=str(out),
@@ -142,7 +144,7 @@ def _check(to: str, kind: str | None, dtype: str | None) -> None:
         raise UserError(f"There is no dtype '{dtype}'; use fp32, bf16 or fp16.{near}")
 
 
-def _check_out(out: Path, source: Path, to: str) -> None:
+def check_out(out: Path, source: Path, to: str) -> None:
     """Nothing but an earlier result is written over, and never what is being read."""
     folder = source if source.is_dir() else source.parent
     if out.resolve() in (source.resolve(), folder.resolve()):
@@ -175,6 +177,8 @@ def _unpickled(source: Path, pickles: list[Path], out: Path) -> Iterator[Path]:
             prefix=f"{ASIDE}{out.name}.", dir=parent, ignore_cleanup_errors=True
         ) as name:
             _copy(folder, Path(name), (*CONFIGS, *SIDE_FILES))
+            # What is not known is said before a weight is read.
+            read_config(read_json_object(folder / "config.json"), str(folder / "config.json"))
             write_safetensors(pickles, Path(name))
             yield Path(name)
     except OSError as error:
@@ -191,14 +195,16 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
                 shutil.copyfile(path, place)
 
 
-def _save_folder(model: Any, tokenizer: Any, source: Path, out: Path) -> None:
+def save_with_sides(
+    model: Any, tokenizer: Any, source: Path, out: Path, codes: Mapping[str, Codes] | None = None
+) -> None:
     """As `save_folder`, with what else the source has, such as a vocabulary's other files."""
     generation: dict[str, Any] = {}
     if (source / "generation_config.json").is_file():
         generation = read_json_object(source / "generation_config.json")
     with folder_aside(out) as aside:
         inner = aside / "model"
-        save_folder(model, tokenizer, inner, generation)
+        save_folder(model, tokenizer, inner, generation, codes=codes)
         for path in list(inner.iterdir()):
             path.rename(aside / path.name)
         inner.rmdir()

@@ -1,4 +1,4 @@
-"""What a MODEL is, read from its description alone: no weight is loaded, and none is fetched.
+"""What a MODEL is, read from its description alone: no weight is loaded.
 
 The description is a `config.json`, the metadata of a GGUF file, or the `config.yaml` of a run. Of
 weights that lie beside it, at most the names are read.
@@ -18,13 +18,19 @@ from llm_from_scratch.model.config import EncoderDecoderConfig
 from llm_from_scratch.model.heads import HeadConfig
 from llm_from_scratch.model.inventory import AnyConfig
 from llm_from_scratch.model.presets import PRESETS, ModelSettings, resolve
+from llm_from_scratch.quant.formats import FORMATS
+from llm_from_scratch.quant.packed import why_not_packed
 from llm_from_scratch.weights.catalogue import CATALOGUE, Report, local_path, to_stderr
 from llm_from_scratch.weights.families import Family, read_config
 from llm_from_scratch.weights.gguf import GGUF
+from llm_from_scratch.weights.gguf_load import embedding_head
 from llm_from_scratch.weights.gguf_load import read_config as read_gguf_config
 from llm_from_scratch.weights.heads import want, with_pooler, without_head
+from llm_from_scratch.weights.quantized import PACKED, take_scheme
 from llm_from_scratch.weights.sources import DTYPES, locate_description
 from llm_from_scratch.weights.stored import open_tensors
+
+ROW = 1024  # whole blocks of any format
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,21 @@ class Description:
         """The precision of the stored weights; None for formats that are decoded."""
         return None if self.form is None else DTYPES.get(self.form)
 
+    @property
+    def kept(self) -> bool:
+        """Whether a CPU computes with most of the weights as they are stored, in few bits."""
+        form = next((form for form in FORMATS.values() if form.name == self.form), None)
+        if form is None:
+            return self.form is not None and self.dtype is None
+        return form.values > 1 and why_not_packed(form, ROW) is None
+
 
 def describe(model: str | Path, report: Report = to_stderr) -> Description | Path:
     """The model that MODEL names; of a run without a model, the path of its config.yaml.
 
-    A short name that is not pulled yet is described by the preset of that name, and of a hub name
-    only config.json is fetched. Raises `UserError` for what cannot be found or read.
+    A short name that is not pulled yet is described by the preset of that name (one without a
+    preset is fetched), and of a hub name only config.json is fetched. Raises `UserError` for what
+    cannot be found or read.
     """
     name = str(model)
     known = name in CATALOGUE and name in PRESETS and not Path(name).expanduser().exists()
@@ -77,15 +92,16 @@ def describe_preset(name: str) -> Description:
 def describe_gguf(path: Path) -> Description:
     """A GGUF file, by its metadata and the list of its tensors."""
     file = GGUF(path)
-    config = read_gguf_config(file)[1]
-    sizes = file.forms()
-    return Description(str(path), config, None, max(sizes, key=sizes.__getitem__), sizes.total())
+    table, config = read_gguf_config(file)
+    head, sizes = embedding_head(file, table), file.forms()
+    return Description(str(path), config, head, max(sizes, key=sizes.__getitem__), sizes.total())
 
 
 def describe_folder(folder: Path) -> Description:
     """A model folder, complete or with its config.json alone."""
     where = folder / "config.json"
     values = read_json_object(where)
+    scheme = take_scheme(values, str(where))
     family, config = read_config(values, str(where))
     try:
         wanted = want(family, values, None, None, folder)
@@ -99,6 +115,7 @@ def describe_folder(folder: Path) -> Description:
     files = list(folder.glob("*.safetensors"))
     stored = values.get("dtype", values.get("torch_dtype"))
     form = next((short for short in ("fp32", "bf16", "fp16") if _is(stored, short)), None)
+    form = scheme.kind if scheme is not None else form
     size = sum(file.stat().st_size for file in files) if files else None
     return Description(str(where), config, wanted.head, form, size)
 
@@ -112,7 +129,7 @@ def _stored_names(family: Family, folder: Path) -> set[str]:
     if any(folder.glob("*.safetensors")):
         # A folder whose weights are still on their way is described all the same.
         with contextlib.suppress(UserError), open_tensors(folder) as tensors:
-            names = set(tensors.files)
+            names = {name.replace(PACKED, ".weight") for name in tensors.files}
             return names | {family.prefix + name for name in names}
     return set()
 

@@ -205,5 +205,9 @@ class GGUF:
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values of a tensor, decoded into fresh memory: `dtype`, shape as in `tensors`."""
         info = self.tensors[name]
-        raw = torch.from_numpy(self.data[info.start : info.start + info.size])
-        return dequantise(raw, info.form, dtype).view(info.shape)
+        return dequantise(self.raw(name), info.form, dtype).view(info.shape)
+
+    def raw(self, name: str) -> Tensor:
+        """The bytes of a tensor as they lie in the file, not copied."""
+        info = self.tensors[name]
+        return torch.from_numpy(self.data[info.start : info.start + info.size])

@@ -11,28 +11,31 @@ import torch
 from torch import Tensor
 
 from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.core.freed import give_back
 from llm_from_scratch.model.config import ModelConfig, RopeScaling
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.encoder import Encoder
 from llm_from_scratch.model.heads import Embedder, HeadConfig, HeadStyle
 from llm_from_scratch.model.positions import rope_frequencies
+from llm_from_scratch.quant.packed import PackedWeight
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.weights.assemble import (
     Model,
     complete,
     empty_model,
-    give_back,
     put,
+    sparing,
     undisturbed,
 )
 from llm_from_scratch.weights.config_json import LARGEST, check_sizes
 from llm_from_scratch.weights.families.table import Entry
-from llm_from_scratch.weights.folder import check_vocabulary
+from llm_from_scratch.weights.folder_checks import check_vocabulary
 from llm_from_scratch.weights.gguf import GGUF
 from llm_from_scratch.weights.gguf_architectures import Architecture, architecture_named
 from llm_from_scratch.weights.gguf_settings import POOLING_TYPES, Keys
 from llm_from_scratch.weights.gguf_tokenizer import read_tokenizer
 from llm_from_scratch.weights.layouts import stored_shape, take_apart
+from llm_from_scratch.weights.packing import can_keep_blocks, pack_the_rest, put_packed
 
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -162,6 +165,30 @@ def _read(file: GGUF, entry: Entry, config: ModelConfig, dtype: torch.dtype) -> 
     return to_halves(stored, config.head_dim) if entry.layout == "turned" else stored
 
 
+def embedding_head(file: GGUF, table: Architecture) -> HeadConfig | None:
+    """The head of a model for embeddings; None where the metadata names no way to make them."""
+    number = file.metadata.get(f"{table.name}.pooling_type")
+    if not isinstance(number, int) or number not in POOLING_TYPES:
+        return None
+    return HeadConfig("embedding", HeadStyle(pooling=POOLING_TYPES[number]), normalise=True)
+
+
+def _keep(file: GGUF, model: Model, entry: Entry, config: ModelConfig) -> bool:
+    """Let a matrix be packed layers of the model, bit for bit; False where it cannot be."""
+    form, shape = file.tensors[entry.theirs].form, file.tensors[entry.theirs].shape
+    if not can_keep_blocks(model, entry, form, shape):
+        return False
+    rows = file.raw(entry.theirs).view(shape[0], -1)
+    if entry.layout == "turned":
+        rows = to_halves(rows, config.head_dim)
+    shapes = [model.get_parameter(name).shape for name in entry.ours]
+    parts = list(take_apart(rows, entry, shapes, config.n_heads))
+    for name, part in zip(entry.ours, parts, strict=True):
+        raw = part.contiguous().view(-1)
+        put_packed(model, name, PackedWeight.from_blocks(raw, form, len(part), shape[-1]))
+    return True
+
+
 @undisturbed()
 @torch.no_grad()
 def load_gguf(
@@ -169,8 +196,11 @@ def load_gguf(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     head: str | None = None,
+    packed: bool = False,
 ) -> tuple[Model, Tokenizer | None]:
     """The model (in inference mode, weights decoded to `dtype`) and tokenizer of a GGUF file.
+
+    With `packed` (on the CPU), what the kernels can compute with stays as it is stored.
 
     A model for embeddings comes under the head that makes them, if `head` is None or "embedding":
     of length 1, as llama.cpp gives them. The tokenizer is None where the file has none. Raises
@@ -186,17 +216,20 @@ def load_gguf(
     model = empty_model(config)
     entries = list(table.entries(config, dict(model.named_parameters())))
     _check(file, model, entries, table.name)
-    for entry in entries:
+    for entry in sparing(model, entries):
         shapes = [model.get_parameter(name).shape for name in entry.ours]
+        if packed and _keep(file, model, entry, config):
+            continue
         stored = _read(file, entry, config, dtype)
         parts = take_apart(stored, entry, shapes, config.n_heads)
         for name, part in zip(entry.ours, parts, strict=True):
             # Of a fused tensor each part becomes a tensor of its own.
             put(model, name, (part.clone() if len(shapes) > 1 else part).to(device))
-    number = file.metadata.get(f"{table.name}.pooling_type")
-    if isinstance(number, int) and number in POOLING_TYPES and head in (None, "embedding"):
+    made = embedding_head(file, table)
+    if made is not None and head in (None, "embedding"):
         assert isinstance(model, Decoder | Encoder)
-        style = HeadStyle(pooling=POOLING_TYPES[number])
-        model = Embedder(model, HeadConfig("embedding", style, normalise=True))
+        model = Embedder(model, made)
     complete(model, device)
+    if packed:
+        pack_the_rest(model)
     return model, tokenizer

@@ -19,13 +19,14 @@ from llm_from_scratch.quant.formats import BF16, F16, F32, Q4_0, Q8_0, Format
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.weights.assemble import Model
 from llm_from_scratch.weights.families.table import Entry
-from llm_from_scratch.weights.folder import check_vocabulary
+from llm_from_scratch.weights.folder_checks import check_vocabulary
 from llm_from_scratch.weights.gguf_architectures import Architecture, architecture_of
 from llm_from_scratch.weights.gguf_load import ROPE_FACTORS, rope_divisors
 from llm_from_scratch.weights.gguf_settings import POOLING_TYPES
 from llm_from_scratch.weights.gguf_tokenizer_write import tokenizer_metadata
 from llm_from_scratch.weights.gguf_write import Planned, write_gguf
 from llm_from_scratch.weights.layouts import put_together, stored_shape
+from llm_from_scratch.weights.packing import unpacked
 
 KINDS = {form.name: form for form in (F32, F16, BF16, Q8_0, Q4_0)}
 # `general.file_type`: the numbers of enum llama_ftype.
@@ -62,7 +63,7 @@ def save_gguf(
         raise UserError(
             f"There is no kind '{kind}'; use one of {', '.join(KINDS)}.{nearest(kind, KINDS)}"
         )
-    model, pooling = _without_head(model)
+    model, pooling = _without_head(unpacked(model))
     path, config = Path(path), model.config
     check_vocabulary(config.vocab_size, tokenizer, path)
     table, values = architecture_of(config)

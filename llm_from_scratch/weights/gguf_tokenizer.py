@@ -68,6 +68,7 @@ def read_tokenizer(file: GGUF) -> Tokenizer | None:
         spec = _spec(file, kind, tokens, types)
         spec["post_processor"] = _around(spec, config, kind)
         tokenizer = Tokenizer.from_spec(spec, config)
+        tokenizer.source = file.path
     except UserError as error:
         if str(error).startswith(str(file.path)):
             raise
@@ -183,9 +184,6 @@ def _config(file: GGUF, kind: str, tokens: list[str]) -> dict[str, Any]:
 
 def _around(spec: Spec, config: dict[str, Any], kind: str) -> dict[str, Any] | None:
     """The `post_processor` that puts the special tokens around a text, or a pair of texts."""
-    vocab = spec["model"]["vocab"]
-    ids = dict(vocab) if isinstance(vocab, dict) else {}
-    ids |= {token["content"]: token["id"] for token in spec["added_tokens"]}
     if kind == "bert":
         names = {"first": config.get("cls_token"), "last": config.get("sep_token")}
         single, pair = "first A last", "first A last B last"
@@ -195,6 +193,10 @@ def _around(spec: Spec, config: dict[str, Any], kind: str) -> dict[str, Any] | N
             "last": config.get("eos_token") if config.get("add_eos_token") else None,
         }
         single, pair = "first A last", "first A last first B last"
+    vocab = spec["model"]["vocab"]
+    own = vocab if isinstance(vocab, dict) else {}
+    ids = {token: own[token] for token in map(str, names.values()) if token in own}
+    ids |= {token["content"]: token["id"] for token in spec["added_tokens"]}
     known = {role: str(token) for role, token in names.items() if token in ids}
     return template(single, pair, known, ids, segments=kind == "bert") if known else None
 

@@ -47,15 +47,15 @@ def tokenizer_metadata(tokenizer: Tokenizer | None, vocab_size: int) -> dict[str
             f"the vocabulary; {FOLDER}."
         )
     tokens, types = _vocabulary(tokenizer, vocab_size)
-    kind = tokenizer.kind
-    if kind == "bpe" and is_byte_level(tokenizer.spec):
-        values = _bpe(tokenizer.spec)
-    elif kind == "bpe" and tokenizer.spec["model"].get("byte_fallback"):
-        values = _sentencepiece_bpe(tokenizer.spec, tokens, types)
+    kind, spec = tokenizer.kind, tokenizer.spec
+    if kind == "bpe" and is_byte_level(spec):
+        values = _bpe(spec)
+    elif kind == "bpe" and spec["model"].get("byte_fallback"):
+        values = _sentencepiece_bpe(spec, tokens, types)
     elif kind == "unigram":
-        values = _unigram(tokenizer.spec, tokens)
+        values = _unigram(spec, tokens)
     elif kind == "wordpiece":
-        values = _wordpiece(tokenizer.spec)
+        values = _wordpiece(spec)
         tokens = _phantom_spaces(tokens, types)
     else:
         raise UserError(
@@ -72,9 +72,9 @@ def tokenizer_metadata(tokenizer: Tokenizer | None, vocab_size: int) -> dict[str
 
 def _vocabulary(tokenizer: Tokenizer, size: int) -> tuple[list[str], list[int]]:
     """The tokens, one for each row of the embedding, and what kind each is."""
-    added = {token["id"]: token for token in tokenizer.spec["added_tokens"]}
-    pieces = tokenizer.kind == "unigram" or not is_byte_level(tokenizer.spec)
-    fallback = bool(tokenizer.spec["model"].get("byte_fallback"))
+    added = {token["id"]: token for token in tokenizer.rules["added_tokens"]}
+    pieces = tokenizer.kind == "unigram" or not is_byte_level(tokenizer.rules)
+    fallback = bool(tokenizer.rules["model"].get("byte_fallback"))
     tokens: list[str] = []
     types: list[int] = []
     for number, token in enumerate([*tokenizer.tokens, *[None] * (size - tokenizer.vocab_size)]):

@@ -100,13 +100,14 @@ def want(
 
 
 def without_head(family: Family, wanted: Wanted, names: Mapping[str, str]) -> Wanted:
-    """The model alone, if the folder names a class but holds nothing of its head.
+    """The model alone, if the folder names a masked language model but holds nothing of its head.
 
-    Published embedding models often carry the class that they were made from.
+    Published embedding models often carry the class that they were made from. Any other head that
+    is missing is refused, tensor by tensor: a classifier without one would be another model.
     """
-    if wanted.head is None or wanted.head.kind not in family.heads:
+    if wanted.head is None or wanted.head.kind != "masked_lm":
         return wanted
-    theirs = tuple(f"{rule.theirs}." for rule in family.heads[wanted.head.kind].tensors)
+    theirs = tuple(f"{rule.theirs}." for rule in family.heads["masked_lm"].tensors)
     if any(name.startswith(theirs) for name in names):
         return wanted
     return Wanted(None, "base")

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llm_from_scratch.core.errors import UserError
-from llm_from_scratch.weights.stored import shard_files
+from llm_from_scratch.weights.stored import misplaced, shard_files, shard_table
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = "pytorch_model.bin"
@@ -86,9 +86,12 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 def write_safetensors(files: Sequence[Path], folder: Path) -> None:
     """Write what the pickles hold into `folder`, as shards with an index; one shard in memory."""
     table: dict[str, str] = {}
+    announced = _announced(files)
     left = COPIES * sum(path.stat().st_size for path in files)
     for path in files:
         tensors = read_pickle(path)
+        for name in sorted(announced.get(path.name, set()) - tensors.keys()):
+            raise misplaced(path.parent / INDEX, name, path.name)
         left -= sum(tensor.nbytes for tensor in tensors.values())
         if left < 0:
             raise UserError(f"{path} unpacks to far more than it holds; copy the model anew.")
@@ -101,6 +104,19 @@ def write_safetensors(files: Sequence[Path], folder: Path) -> None:
             table.update(dict.fromkeys(shard, name))
     index = json.dumps({"metadata": {}, "weight_map": table})
     (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+
+
+def _announced(files: Sequence[Path]) -> dict[str, set[str]]:
+    """File name -> the tensors that the index beside the files says are in it.
+
+    Empty where there is no index, or where it is not of just these files.
+    """
+    found: dict[str, set[str]] = {}
+    index = files[0].parent / INDEX
+    if index.is_file():
+        for name, shard in shard_table(index, ".bin").items():
+            found.setdefault(shard, set()).add(name)
+    return found if found.keys() == {path.name for path in files} else {}
 
 
 def _shards(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:

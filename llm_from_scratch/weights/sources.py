@@ -11,6 +11,7 @@ import torch
 from llm_from_scratch.core.config import from_dict, read_yaml
 from llm_from_scratch.core.device import PRECISIONS, pick_device
 from llm_from_scratch.core.errors import UserError, nearest
+from llm_from_scratch.core.freed import give_back
 from llm_from_scratch.model.heads import Head
 from llm_from_scratch.model.presets import ModelSettings, resolve
 from llm_from_scratch.text.tokenizer import Tokenizer
@@ -195,6 +196,7 @@ def _load_checkpoint(folder: Path, device: torch.device) -> tuple[Model, Tokeniz
     config = resolve(settings, tokenizer.vocab_size, seq_len)
     # The file may be anybody's: the same limits as for the numbers of a config.json.
     check_sizes(config, str(run / "config.yaml"))
+    give_back()
     model = empty_model(config)
     with torch.no_grad(), open_tensors(folder) as tensors:
         for name, parameter in list(model.named_parameters()):
@@ -217,6 +219,16 @@ def computes_bf16(device: torch.device) -> bool:
         supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
         return bool(supported()) if supported is not None else False
     return False
+
+
+def slow_halves(folder: Path, device: torch.device) -> bool:
+    """Whether all weights in `folder` are stored in a half precision that is slow here."""
+    try:
+        with open_tensors(folder) as tensors:
+            kinds = {file.get_slice(name).get_dtype() for name, file in tensors.files.items()}
+    except UserError:
+        return False  # said when it is loaded
+    return kinds == {"F16"} or (kinds <= {"F16", "BF16"} and not computes_bf16(device))
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -252,10 +264,10 @@ def load(
         model: a model folder, a run folder, a .gguf file, a hub name `org/name`, or a short name
             from `scratchlm models` (fetched on first use).
         dtype: the precision of the weights. None keeps what is stored, except that half precision
-            becomes fp32 on a CPU that would be slower with it; GGUF files are decoded to bf16 on
-            a GPU and to fp32 on a CPU, where the rounding of bf16 costs answers (small models
-            often hesitate between two tokens) and brings little. "stored" keeps half precision
-            everywhere, for those who do not want to compute.
+            becomes fp32 on a CPU that would be slower with it. Matrices in few bits (a GGUF, a
+            quantised folder) stay so on a CPU and are computed with as they are; on a GPU, under
+            another head, or with a dtype they become numbers. "stored" keeps half precision
+            everywhere and makes numbers of the rest, for those who do not want to compute.
         device: "auto" (cuda, mps, cpu), "cpu", "cuda", "cuda:1", "mps".
         head: what is to stand on top: "classification", "regression", "token_classification",
             "multiple_choice", "masked_lm", "embedding" or "none". None gives what was saved. A head
@@ -266,6 +278,7 @@ def load(
     """
     where = pick_device(device)
     wanted = None if dtype == STORED else as_dtype(dtype)
+    packed = dtype is None and where.type == "cpu" and head is None
     path = locate(model)
     if is_hub_name(model) and not any(path.glob("*.safetensors")):
         raise UserError(
@@ -276,14 +289,16 @@ def load(
     if path.is_file():
         quick = where.type == "cuda" and computes_bf16(where)
         fallback = torch.bfloat16 if quick else torch.float32
-        decoded, inside = load_gguf(path, wanted or fallback, where, head)
+        decoded, inside = load_gguf(path, wanted or fallback, where, head, packed)
         if inside is None:
             raise UserError(f"{path} holds no tokenizer; convert the model together with its own.")
         return _under_head(decoded, head, labels), inside
     if not is_model_folder(path):
         decoder, own = _load_checkpoint(path, where)
         return _under_head(decoder if wanted is None else decoder.to(wanted), head, labels), own
-    decoder, tokenizer = load_folder(path, wanted, where, head, labels)
+    if dtype is None and where.type == "cpu" and slow_halves(path, where):
+        wanted = torch.float32  # at once: to convert it afterwards would take more memory
+    decoder, tokenizer = load_folder(path, wanted, where, head, labels, packed)
     if tokenizer is None:
         raise UserError(f"{path} has no tokenizer.json; copy it from where the model came from.")
     stored = next(decoder.parameters()).dtype

@@ -6,7 +6,7 @@ are refused: opening one can run any program. Only `pickles.py` looks into them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llm_from_scratch.core.errors import UserError, shown
 from llm_from_scratch.core.json_files import read_json_object
+from llm_from_scratch.weights.families.table import Entry
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -45,20 +46,25 @@ class StoredTensors:
                 self.paths[name] = path
         for name, shard in table.items():
             if name not in self.paths or self.paths[name].name != shard:
-                raise UserError(
-                    f"{folder / INDEX} says that the tensor {shown(name)} is in {shown(shard)}, "
-                    "where it is not; copy the model anew."
-                )
+                raise misplaced(folder / INDEX, name, shard)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.files[name].get_slice(name).get_shape())
+
+    def codes(self, name: str) -> Any:
+        """A matrix in few bits as it is stored: here there is none (see quantized.py)."""
+        return None
+
+    def outputs_first(self, entries: list[Entry], names: Mapping[str, str]) -> list[Entry]:
+        """The entries as this folder stores them: quantised matrices always outputs first."""
+        return entries
 
     def read(self, name: str) -> Tensor:
         tensor = self.files[name].get_tensor(name)
         if tensor.dtype not in PRECISE:
             raise UserError(
-                f"{self.paths[name]}: '{name}' holds {tensor.dtype} numbers; quantised folders "
-                "cannot be read. Take the original model or a GGUF file."
+                f"{self.paths[name]}: '{name}' holds {tensor.dtype} numbers, of which its "
+                "config.json says nothing. Take the original model or a GGUF file."
             )
         return tensor
 
@@ -92,6 +98,14 @@ def shard_table(index: Path, suffix: str) -> dict[str, str]:
         if not (index.parent / name).is_file():
             raise UserError(f"{index} names {shown(name)}, which is missing.")
     return {name: str(shard) for name, shard in table.items()}
+
+
+def misplaced(index: Path, name: str, shard: str) -> UserError:
+    """What is said of an index of shards that contradicts them."""
+    return UserError(
+        f"{index} says that the tensor {shown(name)} is in {shown(shard)}, where it is not; copy "
+        "the model anew."
+    )
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:

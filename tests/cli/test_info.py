@@ -29,6 +29,7 @@ from llm_from_scratch.train.memory import training_memory
 from llm_from_scratch.weights.describe import describe_preset
 from llm_from_scratch.weights.folder import save_folder
 from llm_from_scratch.weights.gguf_save import save_gguf
+from llm_from_scratch.weights.heads import add_head
 from tests.model.architectures import ARCHITECTURES, make
 from tests.train.helpers import config, text
 
@@ -148,6 +149,15 @@ def test_a_gguf_file_tells_as_much(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["parameters"]["total"] == sum(p.numel() for p in model.parameters())
     assert found["stored"]["form"] == "Q8_0"
     assert 0 < found["stored"]["bytes"] <= Path("model.gguf").stat().st_size
+    # On a CPU the weights stay as they are stored, unless a precision is asked for.
+    kept = asked(["model.gguf", "--device", "cpu"], capsys)["inference"]["weights"]
+    assert kept == found["stored"]["bytes"]
+    grown = asked(["model.gguf", "--device", "cpu", "--dtype", "fp32"], capsys)
+    assert grown["inference"]["weights"] == 4 * found["parameters"]["total"]
+    assert found["head"] is None and found["flops"]["decode"] is not None
+    save_gguf(add_head(model, "embedding"), None, "vectors.gguf", kind="Q8_0")  # type: ignore[arg-type]
+    found = asked(["vectors.gguf", *SMALL], capsys)
+    assert found["head"] == "embedding" and found["flops"]["decode"] is None
 
 
 def test_the_largest_batch_is_the_last_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.text.chat_template import CHATML
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.text.training import train_tokenizer
+from llm_from_scratch.train.quantize import quantize
 from llm_from_scratch.weights.folder import save_folder
 
 
@@ -130,12 +131,76 @@ def test_a_base_model_says_that_it_is_one(folder: str, capsys: pytest.CaptureFix
         (["--dtype", "int3"], "dtype"),
         (["--device", "tpu"], "no device 'tpu'"),
         (["--system", "x"], "add --chat"),
+        (["--draft", "a", "--lookup", "3"], "give one of them"),
+        (["--lookup", "0"], "--lookup is 0"),
+        (["--cache_dtype", "int4"], "--cache_dtype is 'int4'"),
+        (["--num_beams", "0"], "num_beams is 0"),
+        (["--num_beams", "2", "--temperature", "1"], "set temperature to 0"),
+        (["--num_beams", "2", "--n", "3"], "n is 3, but num_beams is 2"),
+        (["--draft", "nowhere"], "nowhere"),
+        (["--draft", ""], "--draft is empty"),
+        (["--regex", ""], "--regex is empty"),
+        (["--chat", "--n", "2"], "--n is for texts without --chat"),
+        (["--logprobs", "2"], "add --json"),
+        (["--length_penalty", "2"], "add --num_beams"),
         (["--temprature", "1"], "temprature"),
     ],
 )
 def test_wrong_flags_are_sentences(folder: str, arguments: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         run(["generate", folder, "Once", *arguments])
+
+
+def test_an_address_is_for_chat() -> None:
+    with pytest.raises(UserError, match="`scratchlm chat` talks with its server"):
+        run(["generate", "http://127.0.0.1:9/v1", "Once"])
+
+
+def greedy(capsys: pytest.CaptureFixture[str], model: str, *flags: str) -> str:
+    command = ["generate", model, "Once upon", "--max_new_tokens", "9", "--temperature", "0"]
+    assert run([*command, *flags]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("chat", [(), ("--chat",)], ids=["plain", "chat"])
+def test_guessing_ahead_changes_nothing(
+    folder: str, chat: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = greedy(capsys, folder, *chat)
+    assert greedy(capsys, folder, *chat, "--draft", folder) == plain
+    assert greedy(capsys, folder, *chat, "--lookup", "4") == plain
+    assert greedy(capsys, folder, *chat, "--cache_dtype", "fp32") == plain
+    assert greedy(capsys, folder, *chat, "--cache_dtype", "int8")
+
+
+def test_a_draft_of_another_vocabulary(folder: str, chat_folder: str) -> None:
+    with pytest.raises(UserError, match="vocabulary is not that of"):
+        run(["generate", folder, "Once", "--draft", chat_folder])
+
+
+def test_several_texts_and_beams(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", folder, "Once upon", "--max_new_tokens", "6", "--num_beams", "3"]
+    assert run([*command, "--n", "2"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "1:\n2:\n"
+    assert run([*command, "--n", "2", "--json", "--logprobs", "1", "--prompt_logprobs", "0"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["settings"]["temperature"] == 0 and "text" not in told
+    results = told["results"]
+    assert captured.out == "".join(result["text"] + "\n" for result in results)
+    assert [result["choice"] for result in results] == [0, 1]
+    sums = [sum(one["logprob"] for one in result["logprobs"]) for result in results]
+    assert sums[0] >= sums[1]
+    assert len(results[0]["prompt_logprobs"]) == results[0]["prompt_tokens"] - 1
+    assert run([*command, "--json", "--length_penalty", "0"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["length_penalty"] == 0
+
+
+def test_logprobs_are_told(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    told = json.loads(greedy(capsys, folder, "--json", "--logprobs", "2"))
+    assert [one["token"] for one in told["logprobs"]] == told["tokens"]
+    assert all(len(one["top"]) == 2 for one in told["logprobs"])
+    assert json.loads(greedy(capsys, folder, "--json"))["logprobs"] is None
 
 
 def test_a_prompt_longer_than_the_context(folder: str) -> None:
@@ -170,6 +235,27 @@ def test_piped_lines_are_answered(
     assert "context 120 tokens" in captured.err
 
 
+def test_the_first_line_counts_packed_weights(
+    make: Callable[..., Decoder],
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def said(model: Path) -> str:
+        assert chat(monkeypatch, str(model), "") == 0
+        return capsys.readouterr().err.rpartition(f"\n{model}")[2]
+
+    sizes = {"d_model": 64, "n_heads": 4, "head_dim": 16, "d_ff": 128}
+    model = make(vocab_size=tokenizer.vocab_size, **sizes)
+    save_folder(model, tokenizer, tmp_path / "model")
+    quantize(tmp_path / "model", "int8", tmp_path / "small")
+    plain, packed = said(tmp_path / "model"), said(tmp_path / "small")
+    assert plain.split(",")[0] == packed.split(",")[0] != ": 0.0 M parameters"
+    assert "float32 on cpu" in plain
+    assert "in few bits on cpu" in packed
+
+
 def test_commands(
     chat_folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,7 +286,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
         def ask(self, text: str) -> Any:
             asked.append(text)
 
-            def pieces() -> Iterator[str]:
+            def pieces() -> Generator[str, None, None]:
                 yield "some"
                 raise KeyboardInterrupt
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.generate.chat import LocalChat
 from llm_from_scratch.generate.conversation import Conversation
 from llm_from_scratch.generate.sampling import SamplingSettings
 from llm_from_scratch.text.tokenizer import Tokenizer
@@ -22,13 +23,15 @@ def ask(conversation: Conversation, text: str) -> str:
 
 def test_turns_are_kept_and_begin_without_a_space(scripted: Say, tokenizer: Tokenizer) -> None:
     model = scripted(" Once upon a time.\nUser: no" + " むかし。<|endoftext|>", max_seq_len=300)
-    conversation = Conversation(model, tokenizer, GREEDY, system="Be kind.")
+    conversation = Conversation(LocalChat(model, tokenizer), GREEDY, system="Be kind.")
     assert ask(conversation, "Hello") == "Once upon a time."
-    assert conversation.result is not None
-    assert conversation.result.finish_reason == "stop_string"
+    assert conversation.reply is not None
+    assert conversation.reply.finish_reason == "stop"
+    assert conversation.reply.result is not None
+    assert conversation.reply.result.finish_reason == "stop_string"
     model.steps = len(tokenizer.encode(" Once upon a time.\nUser: no"))
     assert ask(conversation, "And?") == "むかし。"
-    assert conversation.result.finish_reason == "stop"
+    assert conversation.reply.finish_reason == "stop"
     assert [message["content"] for message in conversation.messages] == [
         "Hello", "Once upon a time.", "And?", "むかし。",
     ]  # fmt: skip
@@ -40,7 +43,7 @@ def test_turns_are_kept_and_begin_without_a_space(scripted: Say, tokenizer: Toke
 
 def test_the_oldest_turns_make_room(scripted: Say, tokenizer: Tokenizer) -> None:
     model = scripted("king<|endoftext|>", max_seq_len=100)
-    conversation = Conversation(model, tokenizer, GREEDY, system="S")
+    conversation = Conversation(LocalChat(model, tokenizer), GREEDY, system="S")
     forgotten = []
     for number in range(12):
         model.steps = 0
@@ -55,7 +58,9 @@ def test_the_oldest_turns_make_room(scripted: Say, tokenizer: Tokenizer) -> None
 
 
 def test_a_message_that_never_fits_changes_nothing(scripted: Say, tokenizer: Tokenizer) -> None:
-    conversation = Conversation(scripted("k<|endoftext|>", max_seq_len=64), tokenizer, GREEDY)
+    conversation = Conversation(
+        LocalChat(scripted("k<|endoftext|>", max_seq_len=64), tokenizer), GREEDY
+    )
     ask(conversation, "Hi")
     before = list(conversation.messages)
     with pytest.raises(UserError, match=r"message has \d+ tokens .* context is 64"):
@@ -65,16 +70,19 @@ def test_a_message_that_never_fits_changes_nothing(scripted: Say, tokenizer: Tok
 
 def test_a_stopped_answer_is_kept_as_far_as_it_came(scripted: Say, tokenizer: Tokenizer) -> None:
     conversation = Conversation(
-        scripted("Once upon a time there was a king.", max_seq_len=200), tokenizer, GREEDY
+        LocalChat(scripted("Once upon a time there was a king.", max_seq_len=200), tokenizer),
+        GREEDY,
     )
     pieces = conversation.ask("Tell me")
     heard = next(pieces) + next(pieces)
     pieces.close()
     assert conversation.messages[-1] == {"role": "assistant", "content": heard.rstrip()}
-    assert conversation.result is None
+    assert conversation.reply is None
 
 
 def test_an_empty_answer_leaves_no_turn(scripted: Say, tokenizer: Tokenizer) -> None:
-    conversation = Conversation(scripted("<|endoftext|>", max_seq_len=64), tokenizer, GREEDY)
+    conversation = Conversation(
+        LocalChat(scripted("<|endoftext|>", max_seq_len=64), tokenizer), GREEDY
+    )
     assert ask(conversation, "Hello") == ""
     assert conversation.messages == []

@@ -16,17 +16,18 @@ from transformers import AutoModelForSeq2SeqLM
 import llm_from_scratch as llm
 from llm_from_scratch.cli.main import run
 from llm_from_scratch.core.errors import UserError
-from llm_from_scratch.generate.conversation import Conversation
+from llm_from_scratch.generate.chat import LocalChat
+from llm_from_scratch.generate.engine import generate_tokens
 from llm_from_scratch.generate.generate import complete
+from llm_from_scratch.generate.requests import NewToken
 from llm_from_scratch.generate.sampling import SamplingSettings
-from llm_from_scratch.generate.tokens import Generation, NewToken, generate_tokens
 from llm_from_scratch.model.encoder_decoder import EncoderDecoder
 from llm_from_scratch.text.inputs import template
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.text.training import train_tokenizer
 from llm_from_scratch.weights.folder import load_folder, save_folder
 from tests.generate.conftest import TEXT
-from tests.generate.test_tokens import Listening
+from tests.generate.engines import Listening, engine_for
 from tests.model.references_seq2seq import SEQ2SEQ, make_seq2seq
 
 SOURCES = [[5, 9, 2], [7], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [11, 12, 13, 14]]
@@ -55,7 +56,7 @@ def by_row(
     rows: dict[int, list[NewToken]] = {}
     for step in generate_tokens(model, sources, settings, stop):
         for new in step:
-            rows.setdefault(new.row, []).append(new)
+            rows.setdefault(new.request, []).append(new)
     return rows
 
 
@@ -68,11 +69,12 @@ def test_cached_logits_equal_uncached_at_every_position(model: EncoderDecoder, e
     """Also while rows leave the batch."""
     free = by_row(model, SOURCES)
     stop = [free[row][3 + row].token for row in range(3)] if ends else []
-    generation = Listening(model, SOURCES, GREEDY, stop)
+    engine = engine_for(model, SOURCES, GREEDY, stop)
+    engine.runner = listening = Listening(engine)
     targets = [[model.config.start_id] for _ in SOURCES]
-    while generation.rows:
-        new = generation.step()
-        rows, logits = generation.heard[-1]
+    while engine.busy:
+        new = engine.step()
+        rows, logits = listening.heard[-1]
         for row, found in zip(rows, logits, strict=True):
             with torch.inference_mode():
                 source, target = torch.tensor([SOURCES[row]]), torch.tensor([targets[row]])
@@ -80,7 +82,7 @@ def test_cached_logits_equal_uncached_at_every_position(model: EncoderDecoder, e
             scale = expected.abs().max()
             torch.testing.assert_close(found / scale, expected / scale, atol=2e-5, rtol=0)
         for one in new:
-            targets[one.row].append(one.token)
+            targets[one.request].append(one.token)
     assert min(map(len, targets)) < 12 or not ends
 
 
@@ -100,13 +102,13 @@ def test_a_batch_of_unequal_sources_equals_each_alone(
 def test_rows_can_be_dropped_at_any_time(model: EncoderDecoder) -> None:
     """Also before the encoder has read their sources."""
     free = by_row(model, SOURCES)
-    generation = Generation(model, SOURCES, GREEDY)
-    generation.drop([0])
-    first = generation.step()
-    generation.drop([3])
-    second = generation.step()
-    assert [(one.row, one.token) for one in first] == [(r, free[r][0].token) for r in (1, 2, 3)]
-    assert [(one.row, one.token) for one in second] == [(r, free[r][1].token) for r in (1, 2)]
+    engine = engine_for(model, SOURCES, GREEDY)
+    engine.cancel(0)
+    first = engine.step()
+    engine.cancel(3)
+    second = engine.step()
+    assert [(one.request, one.token) for one in first] == [(r, free[r][0].token) for r in (1, 2, 3)]
+    assert [(one.request, one.token) for one in second] == [(r, free[r][1].token) for r in (1, 2)]
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.4])
@@ -133,11 +135,14 @@ def test_half_precision_writes_too(model: EncoderDecoder, whole: bool) -> None:
         half = half.to(torch.bfloat16)
     else:
         half.compute_dtype = torch.bfloat16
-    generation = Listening(half, SOURCES, GREEDY)
-    exact = Listening(model, SOURCES, GREEDY)
-    generation.step(), exact.step()
-    (_, got), (_, wanted) = generation.heard[0], exact.heard[0]
-    assert generation.cache.keys.dtype == torch.bfloat16
+    heard = []
+    for one in (half, model):
+        engine = engine_for(one, SOURCES, GREEDY)
+        engine.runner = listening = Listening(engine)
+        engine.step()
+        heard.append((engine.pool.keys.dtype, listening.heard[0][1]))
+    (dtype, got), (_, wanted) = heard
+    assert dtype == torch.bfloat16
     assert (got.float() - wanted).abs().mean() < 0.05 * wanted.abs().max()
     assert all(len(row) == 12 for row in by_row(half, SOURCES).values())
 
@@ -156,10 +161,10 @@ def test_what_marian_never_writes(tmp_path: Path) -> None:
     for row, source in enumerate(SOURCES):  # which generation_config.json tells
         expected = theirs.generate(torch.tensor([source]), do_sample=False, max_new_tokens=12)
         assert ids(rows[row]) == expected[0, 1:].tolist()
-    assert {row[-1] for row in rows.values()} == {NewToken(r, end, "length") for r in range(4)}
+    assert {row[-1] for row in rows.values()} == {NewToken(r, 0, end, "length") for r in range(4)}
     with torch.no_grad():
         model.logits_bias[end] = 2e4
-    assert by_row(model, [[1]])[0] == [NewToken(0, end, "stop")]
+    assert by_row(model, [[1]])[0] == [NewToken(0, 0, end, "stop")]
     # T5 may write whatever it likes.
     model.config = replace(model.config, writes_start=True, end_id=None)
     with torch.no_grad():
@@ -275,4 +280,4 @@ def test_no_conversation_with_a_translator(
 ) -> None:
     model, tokenizer, _ = translator
     with pytest.raises(UserError, match="holds no conversation"):
-        Conversation(model, tokenizer)
+        LocalChat(model, tokenizer)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm_from_scratch.generate.engine import generate_tokens
 from llm_from_scratch.generate.sampling import SamplingSettings
-from llm_from_scratch.generate.tokens import generate_tokens
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.weights.folder import load_folder
 from tests.model.references import REFERENCES, make_reference
@@ -29,7 +29,7 @@ def test_greedy_text_is_the_references(family: str, tmp_path: Path) -> None:
     settings = SamplingSettings(temperature=0, max_new_tokens=30)
     for step in generate_tokens(ours, prompts, settings):
         for new in step:
-            written[new.row].append(new.token)
+            written[new.request].append(new.token)
     for prompt, got in zip(prompts, written, strict=True):
         wanted = theirs.generate(
             torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None,

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.generate.generate import (
-    StopBuffer,
     complete,
     encode_prompt,
     generate,
     make_settings,
     stream,
 )
+from llm_from_scratch.generate.texts import StopBuffer
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.text.training import train_tokenizer

@@ -253,7 +253,7 @@ def test_cache_bytes_are_those_of_the_tensors(name: str, dtype: torch.dtype) -> 
         return
     stack = config if isinstance(config, ModelConfig) else config.decoder
     cache = KVCache(stack, batch=3, capacity=21, dtype=dtype)
-    real = cache.keys.nbytes + cache.values.nbytes
+    real = cache.pool.nbytes
     if isinstance(config, EncoderDecoderConfig):
         model = make(config).to(dtype)
         assert isinstance(model, EncoderDecoder)
@@ -367,7 +367,7 @@ def test_working_space_is_about_what_a_prompt_takes(name: str, dtype: torch.dtyp
     with torch.inference_mode():
         cache = KVCache(model.config, 2, dtype=dtype) if isinstance(model, Decoder) else None
         known = [*model.parameters(), *model.buffers(), tokens]
-        with Live([*known, *([cache.keys, cache.values] if cache else [])]) as live:
+        with Live([*known, *([cache.pool.keys, cache.pool.values] if cache else [])]) as live:
             if isinstance(model, Decoder):
                 model.logits(model.hidden(tokens, cache=cache)[:, -1])
             else:  # the texts of a batch are padded, so there is a mask

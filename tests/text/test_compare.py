@@ -71,7 +71,8 @@ def test_the_page_escapes_what_it_shows() -> None:
     parser.handle_data = said.append  # type: ignore[method-assign]
     parser.feed(shown)
     assert set(tags) == {
-        "meta", "title", "style", "h1", "table", "tr", "th", "td", "h2", "p", "span", "wbr", "br",
+        "html", "meta", "title", "style", "h1", "div", "table", "tr", "th", "td", "h2", "p", "span",
+        "wbr", "br",
     }  # fmt: skip
     assert '<script>alert("x")</script>&amp;\\n' in "".join(said)
     assert tags.count("span") == len(BPE.encode(text))

@@ -195,6 +195,6 @@ def test_whether_a_text_begins_with_bos_and_ends_with_eos() -> None:
         (step, (False, False)),
         (None, (False, False)),
     ):
-        tokenizer.spec["post_processor"] = recipe
+        tokenizer.rules["post_processor"] = recipe
         assert put_around(tokenizer) == wanted
     assert put_around(bert(**roles, add_bos_token=False)) == (False, True)

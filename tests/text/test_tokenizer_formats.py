@@ -267,7 +267,7 @@ def test_bad_files_are_named(tmp_path: Path):
 def test_specs_that_do_not_fit():
     letters = sorted(byte_letters())
     with pytest.raises(UserError, match="does not fit the vocabulary"):
-        bpe_spec(letters, ["a b"])
+        Tokenizer.from_spec(bpe_spec(letters, ["a b"]))
     with pytest.raises(UserError, match="same token twice"):
         bpe_spec([*letters, "a"], [])
     with pytest.raises(UserError, match="not in the vocabulary"):

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.core.files import human_bytes
 from llm_from_scratch.data.loader import Batch
 from llm_from_scratch.model.config import EncoderDecoderConfig, ModelConfig
 from llm_from_scratch.model.inventory import AnyConfig, parameter_count
@@ -21,7 +23,7 @@ from llm_from_scratch.train.memory import (
     training_memory,
 )
 from llm_from_scratch.train.optim import make_optimizers
-from llm_from_scratch.train.pretrain import NextToken
+from llm_from_scratch.train.pretrain import NextToken, refuse_too_large
 from llm_from_scratch.train.seq2seq import Seq2Seq, Seq2SeqBatch
 from tests.model.architectures import ARCHITECTURES, ids, make, without_dropout
 from tests.model.live import Live
@@ -172,3 +174,15 @@ def test_an_optimiser_that_is_forgotten_is_noticed() -> None:
     assert optimizer_bytes(config, "muon") < optimizer_bytes(config, "adamw")
     assert optimizer_bytes(config, "adamw") > 8 * parameter_count(config)
     assert optimizer_work_bytes(config, "adamw", torch.float32) == 0
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_pretraining_refuses_what_cannot_fit(kind: str) -> None:
+    """By this account: what is there before a single token is."""
+    config = ARCHITECTURES["llama"]
+    model = make(config, torch.float32)
+    needed = 2 * sum(p.nbytes for p in model.parameters()) + optimizer_bytes(config, kind)
+    refuse_too_large(config, kind, None)
+    refuse_too_large(config, kind, needed)
+    with pytest.raises(UserError, match=f"takes at least {human_bytes(needed)}, but there are"):
+        refuse_too_large(config, kind, needed - 1)

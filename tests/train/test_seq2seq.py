@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.generate.engine import generate_tokens
 from llm_from_scratch.generate.sampling import SamplingSettings
-from llm_from_scratch.generate.tokens import generate_tokens
 from llm_from_scratch.model.config import EncoderDecoderConfig, ModelConfig
 from llm_from_scratch.model.encoder_decoder import EncoderDecoder
 from llm_from_scratch.train.loop import Loop
@@ -69,7 +69,7 @@ def test_it_learns_to_copy(tmp_path: Path) -> None:
     written: list[list[int]] = [[], [], []]
     for step in generate_tokens(back, sources, SamplingSettings(max_new_tokens=9, temperature=0.0)):
         for new in step:
-            written[new.row].append(new.token)
+            written[new.request].append(new.token)
     assert written == [[*source, END] for source in sources]
     # The bias on the logits is fixed, as in the reference class.
     assert not model.logits_bias.any() and not back.logits_bias.requires_grad

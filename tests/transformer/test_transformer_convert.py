@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from transformers import MarianMTModel
 
 from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.generate.engine import generate_tokens
 from llm_from_scratch.generate.sampling import SamplingSettings
-from llm_from_scratch.generate.tokens import generate_tokens
 from llm_from_scratch.model.encoder_decoder import EncoderDecoder
 from llm_from_scratch.transformer import (
     Transformer,
@@ -106,7 +106,7 @@ def test_what_is_written_is_the_same() -> None:
     ours = to_encoder_decoder(model, start_id=BEGIN)
     for step in generate_tokens(ours, sources.tolist(), settings, [END]):
         for new in step:
-            found[new.row].append(new.token)
+            found[new.request].append(new.token)
     for ours_here, theirs_here in zip(found, written, strict=True):
         # A row that has ended is filled up there.
         assert theirs_here == ours_here + [END] * (20 - len(ours_here))

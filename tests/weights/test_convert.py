@@ -235,6 +235,14 @@ def test_a_pickle_is_checked_like_any_other_folder(pickled: Path, tmp_path: Path
     assert not Path("out").exists() and not left_behind(tmp_path)
 
 
+def test_a_field_that_is_not_known_is_named_before_a_pickle_is_read(pickled: Path) -> None:
+    (pickled / "pytorch_model.bin").write_bytes(b"nothing that can be read")
+    config = pickled / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "state_size": 16}), "utf-8")
+    with pytest.raises(UserError, match=r"pickled/config\.json: the field 'state_size'"):
+        convert(pickled, "hf", "out")
+
+
 def test_what_does_not_fit_together(folder: Path, pickled: Path, tmp_path: Path) -> None:
     Path("notes").mkdir()
     Path("notes/notes.txt").touch()

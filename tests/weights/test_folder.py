@@ -257,6 +257,24 @@ def test_tensors_that_do_not_fit(make_model: Make, tokenizer: Tokenizer, tmp_pat
     load_folder(folder)  # said twice, but the same
 
 
+@pytest.mark.parametrize("copy", ["lm_head.weight", "model.encoder.embed_tokens.weight"])
+def test_copies_that_no_field_sets_apart(copy: str, tmp_path: Path) -> None:
+    """BART has one matrix for everything: `tie_word_embeddings` cannot be set to false there."""
+    make_seq2seq("bart").save_pretrained(tmp_path)
+    same = load_file(tmp_path / "model.safetensors")["model.shared.weight"].clone()
+    change_tensors(tmp_path, lambda t: t.update({copy: same}))
+    load_folder(tmp_path)
+    change_tensors(tmp_path, lambda t: t.update({copy: same + 1}))
+    refused(tmp_path, f"'{copy}' differs from 'model.shared.weight', but in bart the two are one")
+
+
+def test_a_tensor_under_two_names(make_model: Make, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """An older name of a norm's weight beside the newer one: neither is left over by its name."""
+    save_folder(make_model(), tokenizer, tmp_path / "m")
+    change_tensors(tmp_path / "m", lambda t: t.update({"model.norm.gamma": torch.ones(24)}))
+    refused(tmp_path / "m", r"the same tensor as 'model\.norm\.\w+' and as 'model\.norm\.\w+'")
+
+
 def test_a_vocabulary_larger_than_the_model(
     make_model: Make, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

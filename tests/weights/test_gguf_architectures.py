@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +13,19 @@ import torch
 from gguf import GGUFReader, quants
 
 from llm_from_scratch.core.errors import UserError
-from llm_from_scratch.model.config import ExpertsConfig, RopeScaling
+from llm_from_scratch.model.config import ExpertsConfig, ModelConfig, RopeScaling
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.encoder import Encoder
 from llm_from_scratch.model.heads import Embedder, HeadConfig, HeadStyle, MaskedLM
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.weights.gguf import GGUF
-from llm_from_scratch.weights.gguf_architectures import ARCHITECTURES
+from llm_from_scratch.weights.gguf_architectures import ARCHITECTURES, architecture_of
 from llm_from_scratch.weights.gguf_load import load_gguf
 from llm_from_scratch.weights.gguf_save import save_gguf
 from llm_from_scratch.weights.gguf_write import Planned, write_gguf
 from tests.weights.conftest import llama_cpp_order
-from tests.weights.gguf_models import BENT, MODELS, architecture_of_case, make, tokens
+from tests.weights.gguf_models import BASE, BENT, MODELS, architecture_of_case, make, tokens
+from tests.weights.memory import load_and_look, needs_proc
 
 # What a GGUF does not hold, because it does not change an answer.
 LEFT_OUT = {"family": "", "init_std": 1.0, "pooler": False, "position_offset": 0}
@@ -172,6 +170,19 @@ def test_what_llama_cpp_cannot_express_is_named(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("name", "layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_the_largest_gemmas_are_known_by_their_layers(name: str, layers: int) -> None:
+    """llama.cpp divides their scores by the root of d_model / heads, all others' by the width's."""
+    fields = {**BASE, **MODELS[name], "n_layers": layers}
+    for width, fits in ((fields["d_model"] // fields["n_heads"], True), (32, False)):
+        config = ModelConfig(**{**fields, "attention_width": width})
+        if fits:
+            assert architecture_of(config)[0].name == name
+        else:
+            with pytest.raises(UserError, match=r"attention_width is 32\.0, but .* have 16\.0"):
+                architecture_of(config)
+
+
 def test_a_setting_may_belong_to_another_architecture(tmp_path: Path) -> None:
     """Qwen2 has no heads of a width of their own, but Llama has, and may have biases."""
     model = make("qwen2", head_dim=32)
@@ -293,34 +304,9 @@ def test_llama_cpp_computes_the_same(
     torch.testing.assert_close(got, wanted, atol=atol, rtol=0)
 
 
-# Prints the weights' bytes and the anonymous memory that was resident before and at its highest,
-# looked at whenever a parameter takes its place: one tensor is there twice then.
-MEASURE = """
-import json, sys, torch
-from llm_from_scratch.weights import gguf_load
-torch.set_num_threads(1)
-
-def anonymous():
-    for line in open("/proc/self/status"):
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-
-gguf_load.load_gguf(sys.argv[2])  # warm: what the libraries need themselves is there
-seen = [anonymous()]
-put = gguf_load.put
-def put_and_look(*args):
-    put(*args)
-    seen.append(anonymous())
-gguf_load.put = put_and_look
-model, _ = gguf_load.load_gguf(sys.argv[1], getattr(torch, sys.argv[3]))
-weights = sum(p.nbytes for p in model.parameters())
-print(json.dumps([weights, seen[0], max(seen + [anonymous()])]))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@needs_proc
 @pytest.mark.parametrize(
-    ("name", "kind", "dtype"), [("llama", "Q8_0", "bfloat16"), ("gpt2", "F16", "float32")]
+    ("name", "kind", "dtype"), [("llama", "Q8_0", "bf16"), ("gpt2", "F16", "fp32")]
 )
 def test_loading_takes_little_more_than_the_weights(
     name: str, kind: str, dtype: str, tmp_path: Path
@@ -328,9 +314,6 @@ def test_loading_takes_little_more_than_the_weights(
     large = {"vocab_size": 2560, "d_model": 640, "n_heads": 10, "n_kv_heads": 10, "head_dim": 64}
     save_gguf(make(name, d_ff=1920, **large), None, tmp_path / "large.gguf", kind)
     save_gguf(make(name), None, tmp_path / "small.gguf", kind)
-    command = [sys.executable, "-c", MEASURE, tmp_path / "large.gguf", tmp_path / "small.gguf"]
-    done = subprocess.run([*command, dtype], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    weights, before, highest = json.loads(done.stdout)
-    assert weights > 60_000_000
-    assert 0.9 * weights < highest - before <= 1.15 * weights, (highest - before) / weights
+    loaded = load_and_look(tmp_path / "large.gguf", tmp_path / "small.gguf", dtype)
+    assert loaded.weights > 60_000_000
+    loaded.assert_little_more_than_the_weights()

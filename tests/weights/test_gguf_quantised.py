@@ -15,11 +15,13 @@ from gguf import GGMLQuantizationType, quants
 
 from llm_from_scratch.model.config import ExpertsConfig
 from llm_from_scratch.quant.formats import F32, FORMATS, Format
+from llm_from_scratch.quant.packed import why_not_packed
 from llm_from_scratch.weights.gguf import GGUF
 from llm_from_scratch.weights.gguf_architectures import ARCHITECTURES
 from llm_from_scratch.weights.gguf_load import load_gguf
 from llm_from_scratch.weights.gguf_save import save_gguf
 from llm_from_scratch.weights.gguf_write import Planned, write_gguf
+from llm_from_scratch.weights.packing import packed_layers, unpacked
 from tests.weights.gguf_models import MODELS, make
 
 # Rows of whole blocks of 256.
@@ -78,7 +80,7 @@ def holding(form: Format, blocks: np.ndarray) -> Format:
 def test_quantised_files_load_as_the_values_they_hold(
     architecture: str, form: Format, plain_files: dict[str, GGUF], tmp_path: Path
 ) -> None:
-    """The same parameters as those of an F32 file with the decoded values."""
+    """The same parameters as those of an F32 file with the decoded values, packed ones too."""
     file = plain_files[architecture]
     packed, decoded = [], []
     for name, info in file.tensors.items():
@@ -95,12 +97,17 @@ def test_quantised_files_load_as_the_values_they_hold(
     write_gguf(tmp_path / "packed.gguf", file.metadata, packed)
     write_gguf(tmp_path / "decoded.gguf", file.metadata, decoded)
     ours, _ = load_gguf(tmp_path / "packed.gguf")
+    kept, _ = load_gguf(tmp_path / "packed.gguf", packed=True)
     wanted, _ = load_gguf(tmp_path / "decoded.gguf")
-    found = dict(ours.named_parameters())
     assert sum(entry.form.number == form.number for entry in packed) > 8
-    for name, value in wanted.named_parameters():
-        assert torch.equal(found.pop(name), value), name
-    assert not found
+    layers = packed_layers(kept)
+    assert {part.packed.kind for _, part in layers} <= {form.name.lower(), "fp32"}
+    assert (why_not_packed(form, 256) is None) == (len(layers) > 4)
+    for model in (ours, unpacked(kept)):
+        found = dict(model.named_parameters())
+        for name, value in wanted.named_parameters():
+            assert torch.equal(found.pop(name), value), name
+        assert not found
 
 
 @pytest.fixture(scope="module")

@@ -213,17 +213,18 @@ def test_other_kinds_are_refused(tmp_path: Path) -> None:
     odd.front = object()  # type: ignore[assignment]
     with pytest.raises(UserError, match="with MeCab or as Marian does"):
         tokenizer_metadata(odd, odd.vocab_size)
-    odd.front = None
-    odd.spec["pre_tokenizer"] = {"type": "Whitespace"}
+    odd = Tokenizer.from_spec({**odd.spec, "pre_tokenizer": {"type": "Whitespace"}})
     with pytest.raises(UserError, match="WordPiece vocabularies as BERT does"):
         tokenizer_metadata(odd, odd.vocab_size)
     model = trained("bpe", size=560, byte_fallback=True, normalization_rule_name="identity")
     mixed = read(tmp_path / "v.gguf", model="llama", **pieces_of(model))
-    del mixed.spec["model"]["merges"][0]
+    spec = mixed.spec
+    del spec["model"]["merges"][0]
+    mixed = Tokenizer.from_spec(spec)
     with pytest.raises(UserError, match="do not follow from scores"):
         tokenizer_metadata(mixed, mixed.vocab_size)
     unigram = read(tmp_path / "v.gguf", model="t5", **pieces_of(trained("unigram")))
-    unigram.spec["normalizer"] = {"type": "NFKC"}
+    unigram = Tokenizer.from_spec({**unigram.spec, "normalizer": {"type": "NFKC"}})
     with pytest.raises(UserError, match="no step NFKC"):
         tokenizer_metadata(unigram, unigram.vocab_size)
 

@@ -53,6 +53,16 @@ YARN = {"rope_type": "yarn", "factor": 2.0}
     ("base", "changes", "words"),
     [
         (GEMMA, {"layer_types": [["full_attention"], {}]}, "'layer_types' is"),
+        (
+            {**LLAMA, "model_type": "qwen2", "layer_types": ["full_attention"] * 2},
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "'use_sliding_window' is False; it must be true, because 'layer_types' has windows",
+        ),
+        (
+            {**LLAMA, "model_type": "qwen2", "use_sliding_window": True},
+            {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": None},
+            "'sliding_window' is None; it must be a number, because 'layer_types' has windows",
+        ),
         (MIXTURE, {"num_experts": 1 << 20}, "'num_experts' is 1048576; .* to 4,096"),
         (LLAMA, {"rope_scaling": {**YARN, "beta_slow": 0}}, "'beta_slow' is 0; it must be above 0"),
         (LLAMA, {"rope_scaling": {**YARN, "beta_slow": 5e-324}}, "'beta_slow' is 5e-324"),
@@ -140,7 +150,7 @@ def test_stored_in_a_format_that_nothing_computes_with(
     path = tmp_path / "model.safetensors"
     eighths = {k: v.to(torch.float8_e4m3fn) for k, v in load_file(path).items()}
     save_file(eighths, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"holds torch\.float8_e4m3fn numbers; quantised folders"):
+    with pytest.raises(UserError, match=r"holds torch\.float8_e4m3fn numbers, of which"):
         load_folder(tmp_path)
 
 
@@ -154,6 +164,30 @@ def test_the_pooling_lies_in_the_folder(place: object, tmp_path: Path) -> None:
         (folder / "config.json").write_text('{"pooling_mode_cls_token": true}', "utf-8")
     with pytest.raises(UserError, match="its pooling below"):
         read_layout(inner)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"do_lower_case": True}, "'do_lower_case' is true, which is not supported"),
+        ({"max_seq_length": 0}, "'max_seq_length' is 0; it must be"),
+        ({"max_seq_length": "long"}, "'max_seq_length' is 'long'"),
+    ],
+)
+def test_what_is_said_of_the_texts_of_an_embedder(
+    said: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    steps = [{"type": "a.Transformer", "path": ""}, {"type": "a.Pooling", "path": "1_Pooling"}]
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text("{}", "utf-8")
+    (tmp_path / "modules.json").write_text(json.dumps(steps), "utf-8")
+    place = tmp_path / "sentence_bert_config.json"
+    place.write_text('{"max_seq_length": 21, "do_lower_case": false}', "utf-8")
+    found = read_layout(tmp_path)
+    assert found is not None and found.max_length == 21
+    place.write_text(json.dumps(said), "utf-8")
+    with pytest.raises(UserError, match=f"sentence_bert_config.json: {words}"):
+        read_layout(tmp_path)
 
 
 # ------------------------------------------------------------------------- GGUF

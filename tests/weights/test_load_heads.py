@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from transformers import AutoModelForSequenceClassification
 
 import llm_from_scratch as llm
 from llm_from_scratch.core.errors import UserError
-from llm_from_scratch.generate.tokens import as_writer
+from llm_from_scratch.generate.requests import as_writer
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.heads import Embedder, SequenceClassifier
 from llm_from_scratch.text.tokenizer import Tokenizer
+from llm_from_scratch.weights.families import FAMILIES
 from tests.weights.conftest import GGUFCase
 
 Make = Callable[..., Decoder]
@@ -41,6 +43,21 @@ def test_a_folder(
         torch.testing.assert_close(again(tokens), theirs(tokens).logits, atol=1e-6, rtol=1e-5)
     with pytest.raises(UserError, match="There is no head 'clasify'"):
         llm.load(tmp_path / "lm", device="cpu", head="clasify")
+
+
+@pytest.mark.parametrize("kind", ["classification", "token_classification"])
+def test_a_classifier_whose_head_is_missing_is_no_language_model(
+    kind: str, make_model: Make, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Its embedding is there, so that it could write: config.json says that it labels."""
+    llm.save(make_model(), tokenizer, tmp_path)
+    config = tmp_path / "config.json"
+    values = json.loads(config.read_text("utf-8"))
+    name = FAMILIES["llama"].classes[kind]
+    config.write_text(json.dumps({**values, "architectures": [name]}), "utf-8")
+    with pytest.raises(UserError, match=r"lacks \d tensor.*'score\.\w+'"):
+        llm.load(tmp_path, device="cpu")
+    assert isinstance(llm.load(tmp_path, device="cpu", head="none")[0], Decoder)
 
 
 def test_an_embedder_is_one_without_being_asked(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import tarfile
@@ -82,12 +83,32 @@ def test_into_safetensors(
     values = list(state().items())
     for number, part in enumerate((values[:2], values[2:])):
         save(dict(part), tmp_path / f"pytorch_model-{number}.bin")
-    table = '{"weight_map": {"a": "pytorch_model-0.bin", "b": "pytorch_model-1.bin"}}'
-    (tmp_path / "pytorch_model.bin.index.json").write_text(table, "utf-8")
+    write_index(tmp_path)
     write_safetensors(pickle_files(tmp_path), tmp_path / "out")
     written = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(written) == 5
     assert equal({n: t for path in written for n, t in load_file(path).items()}, state())
+
+
+def write_index(folder: Path, **changes: str) -> None:
+    """Two tensors in the first file and the rest in the second, but for what is changed."""
+    table = {name: f"pytorch_model-{int(i > 1)}.bin" for i, name in enumerate(state())} | changes
+    path = folder / "pytorch_model.bin.index.json"
+    path.write_text(json.dumps({"weight_map": table}), "utf-8")
+
+
+@pytest.mark.parametrize("name", ["half", "ghost"])
+def test_an_index_that_contradicts_its_pickles(name: str, tmp_path: Path) -> None:
+    """A tensor in another file than the index says, and one that is nowhere."""
+    (tmp_path / "out").mkdir()
+    values = list(state().items())
+    for number, part in enumerate((values[:2], values[2:])):
+        torch.save(dict(part), tmp_path / f"pytorch_model-{number}.bin")
+    write_index(tmp_path, **{name: "pytorch_model-0.bin"})
+    with pytest.raises(UserError, match=f"says that the tensor '{name}' is in 'pytorch_model-0"):
+        write_safetensors(pickle_files(tmp_path), tmp_path / "out")
+    # One file alone, of several: the index is not of it.
+    write_safetensors([tmp_path / "pytorch_model-0.bin"], tmp_path / "out")
 
 
 def test_which_files_are_meant(tmp_path: Path) -> None:

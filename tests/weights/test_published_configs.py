@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Gemma3TextConfig
 
 from llm_from_scratch.core.errors import UserError
-from llm_from_scratch.model.config import EncoderDecoderConfig
+from llm_from_scratch.model.config import EncoderDecoderConfig, ModelConfig
 from llm_from_scratch.weights.families import FAMILIES, config_fields, family_of, read_config
 
 LINES = (Path(__file__).parent / "published_configs.jsonl").read_text(encoding="utf-8").splitlines()
@@ -73,6 +74,26 @@ def test_both_stacks_of_a_published_pair() -> None:
     assert isinstance(config, EncoderDecoderConfig)
     assert config.start_id == 59513 and config.end_id == 0
     assert config.encoder.activation == "silu" and config.decoder.position == "sinusoidal"
+
+
+@pytest.mark.parametrize(
+    ("fields", "full"),
+    [
+        ({}, (5,)),
+        ({"sliding_window_pattern": 2}, (1, 3, 5)),
+        ({"_sliding_window_pattern": 2}, (5,)),
+    ],
+)
+def test_the_windows_of_a_gemma_3_without_a_list(
+    fields: dict[str, int], full: tuple[int, ...]
+) -> None:
+    """The reference reads one of the two names; the other it only writes."""
+    values = {"model_type": "gemma3_text", "num_hidden_layers": 6, **fields}
+    config = read_config(values, "config.json")[1]
+    assert isinstance(config, ModelConfig)
+    assert tuple(i for i in range(6) if i not in config.window_layers) == full
+    theirs = Gemma3TextConfig(**values).layer_types
+    assert [i in full for i in range(6)] == [kind == "full_attention" for kind in theirs]
 
 
 def test_the_pictures_model_is_not_taken_for_the_text_model() -> None:

@@ -75,7 +75,7 @@ def test_the_command_knows_the_capital_of_france(
 @torch.inference_mode()
 def greedy(model: torch.nn.Module, tokenizer: Tokenizer, prompt: str, most: int = 30) -> str:
     ids = tokenizer.encode(prompt, special=True)
-    cache = KVCache(model.config, capacity=len(ids) + most, dtype=model.embedding.weight.dtype)
+    cache = KVCache(model.config, capacity=len(ids) + most, dtype=next(model.parameters()).dtype)
     out: list[int] = []
     new = ids
     while len(out) < most:

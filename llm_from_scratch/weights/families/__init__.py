@@ -86,7 +86,7 @@ def read_config(values: Mapping[str, Any], where: str) -> tuple[Family, AnyConfi
         if fields.values.get(name, must) not in (must, None):
             remedy = f"{must!r}; other values are not supported for {family.name}"
             if name == "quantization_config":
-                remedy = "left out: quantised folders cannot be read, take the original or a GGUF"
+                remedy = "left out: without weights it cannot be read"
             raise fields.refuse(name, remedy)
     config = _architecture(family, fields)
     check_weights(config, where)

@@ -22,16 +22,16 @@ GEMMA3 = replace(
         ),
         *COMMON,
         LayeredRope(1_000_000.0, 10_000.0, "rope_theta", "rope_local_base_freq"),
-        Windows(
-            default=4096,
-            every=6,
-            old_every=("sliding_window_pattern", "_sliding_window_pattern"),
-        ),
+        Windows(default=4096, every=6, old_every=("sliding_window_pattern",)),
     ),
     tensors=(*GEMMA2.tensors, *rules("model.layers.{}.", "blocks.{}.", QK_NORM)),
     required={
         "use_bidirectional_attention": False,
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
+    },
+    unused={
+        **GEMMA2.unused,
+        "_sliding_window_pattern": "written by the class, but never read; layer_types says it",
     },
 )

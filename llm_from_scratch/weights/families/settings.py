@@ -286,8 +286,8 @@ class Windows(Group):
         n = known["n_layers"]
         kinds = fields.values.get("layer_types") if self.types else None
         on = fields.values.get(self.window) is not None
-        if self.switch is not None:
-            on = fields.flag(self.switch) and on
+        switched = self.switch is None or fields.flag(self.switch)
+        on = on and switched
         if kinds is not None:
             known_kinds = isinstance(kinds, list) and all(k in (FULL, SLIDING) for k in kinds)
             if not known_kinds or len(kinds) != n:
@@ -295,6 +295,8 @@ class Windows(Group):
                     "layer_types", f"'{FULL}' or '{SLIDING}' for each of {n} layers"
                 )
             layers = tuple(i for i, kind in enumerate(kinds) if kind == SLIDING)
+            if layers and self.switch is not None and not switched:
+                raise fields.refuse(self.switch, "true, because 'layer_types' has windows")
             if layers and not on:
                 raise fields.refuse(self.window, "a number, because 'layer_types' has windows")
         elif on:

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from llm_from_scratch.core.errors import RunError, UserError
+from llm_from_scratch.generate.engine import generate_tokens
+from llm_from_scratch.generate.requests import NewToken
 from llm_from_scratch.generate.sampling import SamplingSettings
-from llm_from_scratch.generate.tokens import Generation, NewToken, generate_tokens
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.weights.folder import save_folder
+from tests.generate.engines import Listening, engine_for
 
 PROMPTS = [[5, 9, 2], [7], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [11, 12, 13, 14]]
 GREEDY = SamplingSettings(max_new_tokens=12, temperature=0.0)
@@ -29,7 +31,7 @@ def by_row(
     rows: dict[int, list[NewToken]] = {}
     for step in generate_tokens(model, prompts, settings, stop):
         for new in step:
-            rows.setdefault(new.row, []).append(new)
+            rows.setdefault(new.request, []).append(new)
     return rows
 
 
@@ -37,32 +39,20 @@ def ids(new: list[NewToken]) -> list[int]:
     return [one.token for one in new]
 
 
-class Listening(Generation):
-    """Keeps the logits that every step chose from, with the rows they belong to."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.heard: list[tuple[list[int], torch.Tensor]] = []
-
-    def _last_logits(self) -> torch.Tensor:
-        logits = super()._last_logits()
-        self.heard.append((list(self.rows), logits.clone()))
-        return logits
-
-
 def assert_logits_equal_uncached(model: Decoder, stop: list[int]) -> None:
     """Every logit that a batch of unequal prompts chose from is that of the whole text at once."""
-    generation = Listening(model, PROMPTS, GREEDY, stop)
+    engine = engine_for(model, PROMPTS, GREEDY, stop)
+    engine.runner = listening = Listening(engine)
     texts = [list(prompt) for prompt in PROMPTS]
-    while generation.rows:
-        new = generation.step()
-        rows, logits = generation.heard[-1]
-        for row, found in zip(rows, logits, strict=True):
+    while engine.busy:
+        new = engine.step()
+        numbers, logits = listening.heard[-1]
+        for number, found in zip(numbers, logits, strict=True):
             with torch.inference_mode():
-                expected = model(torch.tensor([texts[row]]))[0, -1]
+                expected = model(torch.tensor([texts[number]]))[0, -1]
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         for one in new:
-            texts[one.row].append(one.token)
+            texts[one.request].append(one.token)
 
 
 def test_cached_logits_equal_uncached_at_every_position(model: Decoder) -> None:
@@ -97,7 +87,7 @@ def test_any_company_and_any_end(lengths: list[int], stop: set[int]) -> None:
     together = by_row(model, prompts, GREEDY, stop)
     for row, prompt in enumerate(prompts):
         assert by_row(model, [prompt], GREEDY, stop)[0] == [
-            NewToken(0, one.token, one.finish_reason) for one in together[row]
+            NewToken(0, 0, one.token, one.finish_reason) for one in together[row]
         ]
 
 
@@ -181,23 +171,20 @@ def test_the_end_of_the_context_ends_a_row(model: Decoder) -> None:
     assert ids(rows[0]) == ids(by_row(model, [long], settings)[0])
 
 
-def test_rows_can_be_dropped_at_any_time(model: Decoder) -> None:
+def test_requests_can_be_cancelled_at_any_time(model: Decoder) -> None:
     free = by_row(model, PROMPTS, GREEDY)
-    generation = Generation(model, PROMPTS, GREEDY)
-    generation.drop([0])
-    first = generation.step()
-    generation.drop([3])
-    second = generation.step()
-    assert [(one.row, one.token) for one in first] == [(r, free[r][0].token) for r in (1, 2, 3)]
-    assert [(one.row, one.token) for one in second] == [(r, free[r][1].token) for r in (1, 2)]
-    generation.drop([1, 2])
-    assert generation.step() == []
-
-
-def test_the_cache_is_no_larger_than_needed(model: Decoder) -> None:
-    assert Generation(model, PROMPTS, GREEDY).cache.capacity == 10 + 12
-    many = SamplingSettings(max_new_tokens=10_000)
-    assert Generation(model, PROMPTS, many).cache.capacity == 48
+    engine = engine_for(model, PROMPTS, GREEDY)
+    engine.cancel(0)
+    first = engine.step()
+    engine.cancel(3)
+    second = engine.step()
+    assert [(one.request, one.token) for one in first] == [(r, free[r][0].token) for r in (1, 2, 3)]
+    assert [(one.request, one.token) for one in second] == [(r, free[r][1].token) for r in (1, 2)]
+    engine.cancel(1)
+    engine.cancel(2)
+    assert not engine.busy
+    assert engine.step() == []
+    assert engine.pages.held == 0
 
 
 def test_a_model_in_training_is_left_in_training(make: Callable[..., Decoder]) -> None:
@@ -217,11 +204,11 @@ def test_bf16_runs(make: Callable[..., Decoder], dtype: torch.dtype | None) -> N
         model.compute_dtype = torch.bfloat16
     else:
         model = model.to(dtype)
-    generation = Generation(model, PROMPTS, GREEDY)
-    assert generation.cache.keys.dtype == torch.bfloat16
-    while generation.rows:
-        generation.step()
-    assert generation.lengths == [len(prompt) + 12 for prompt in PROMPTS]
+    engine = engine_for(model, PROMPTS, GREEDY)
+    assert engine.pool.keys.dtype == torch.bfloat16
+    new = [one for _ in range(12) for one in engine.step()]
+    assert not engine.busy
+    assert len(new) == 4 * 12
 
 
 @pytest.mark.parametrize(

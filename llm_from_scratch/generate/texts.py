@@ -1,0 +1,252 @@
+"""Text from the engine: many requests in tokens become many streams of text.
+
+Every text's tokens turn into text as they come, never half a character and never a piece of a stop
+string. A text that has met its stop string leaves the engine at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.generate.constraint import make_constraint
+from llm_from_scratch.generate.engine import Engine, requests_of
+from llm_from_scratch.generate.requests import NewToken, Request, Writer
+from llm_from_scratch.generate.sampling import SamplingSettings, TokenLogprobs
+from llm_from_scratch.model.encoder_decoder import EncoderDecoder
+from llm_from_scratch.text.stream import StreamDecoder
+from llm_from_scratch.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished continuation.
+
+    `tokens` are the new ids without the end token; where a stop string cut the text they reach
+    behind it. `finish_reason` is "stop" (an end token), "stop_string" or "length".
+    `tokens_per_second` counts new tokens over the whole time, the reading of the prompt included;
+    texts that are written together share that time. `choice` counts the texts of one prompt.
+    `logprobs` has one entry for each of `tokens`, `prompt_logprobs` (with choice 0) one for each
+    token of the prompt but the first; None where they were not asked for.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    prompt_tokens: int
+    seconds: float
+    seconds_to_first_token: float
+    tokens_per_second: float
+    choice: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More text for a request; `result` comes with its last piece, whose text may be empty.
+
+    `row` is the number of the request or the place of the prompt, `choice` counts its texts.
+    """
+
+    row: int
+    text: str
+    result: Result | None = None
+    choice: int = 0
+
+
+class StopBuffer:
+    """Text on its way out, held back as long as it could still become a stop string."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.stop = tuple(stop)
+        self.held = ""
+        self.stopped = False
+
+    def push(self, text: str, *, last: bool = False) -> str:
+        """What may be shown now that `text` has come; with `last`, everything that is left."""
+        if self.stopped:
+            return ""
+        self.held += text
+        found = [place for stop in self.stop if (place := self.held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            shown, self.held = self.held[: min(found)], ""
+            return shown
+        keep = 0 if last else self._unsure()
+        cut = len(self.held) - keep
+        shown, self.held = self.held[:cut], self.held[cut:]
+        return shown
+
+    def _unsure(self) -> int:
+        """The length of the longest end of the text with which some stop string begins."""
+        longest = max((len(stop) for stop in self.stop), default=1) - 1
+        for size in range(min(longest, len(self.held)), 0, -1):
+            if any(stop.startswith(self.held[-size:]) for stop in self.stop):
+                return size
+        return 0
+
+
+class _Text:
+    """One text as it grows. `before` is the token that stands in front of it."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, request: Request, before: int, stop_ids: Collection[int]
+    ) -> None:
+        settings = request.settings
+        self.prompt_tokens = len(request.prompt)
+        self.stop_ids = stop_ids
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprobs] | None = None if settings.logprobs is None else []
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
+        self.text = ""
+        self.began = time.perf_counter()
+        self.first: float | None = None
+        self.decoder = StreamDecoder(tokenizer, skip_special=True)
+        self.buffer = StopBuffer(settings.stop)
+        # Some vocabularies drop the space in front of a text's first token. The continuation is
+        # no first token, so the decoder is shown where it continues from.
+        if tokenizer.bytes_rule.exact and before not in self.decoder.hidden:
+            self.decoder.push(before)
+
+    def push(self, new: NewToken) -> Piece:
+        """Take in one token; the piece has a result where the text ends with it."""
+        if self.first is None:
+            self.first = time.perf_counter() - self.began
+        self.prompt_logprobs = new.prompt_logprobs or self.prompt_logprobs
+        text = ""
+        if new.token not in self.stop_ids:
+            self.tokens.append(new.token)
+            if self.logprobs is not None and new.logprobs is not None:
+                self.logprobs.append(new.logprobs)
+            text = self.buffer.push(self.decoder.push(new.token))
+        reason = new.finish_reason
+        if reason is not None:
+            text += self.buffer.push(self.decoder.flush(), last=True)
+        if self.buffer.stopped:
+            reason = "stop_string"
+        self.text += text
+        result = None if reason is None else self._result(reason, new.choice)
+        return Piece(new.request, text, result, new.choice)
+
+    def _result(self, reason: str, choice: int) -> Result:
+        seconds = time.perf_counter() - self.began
+        return Result(
+            text=self.text,
+            tokens=self.tokens,
+            finish_reason=reason,
+            prompt_tokens=self.prompt_tokens,
+            seconds=seconds,
+            seconds_to_first_token=self.first or seconds,
+            tokens_per_second=len(self.tokens) / seconds if seconds > 0 else 0.0,
+            choice=choice,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+        )
+
+
+class TextEngine:
+    """An `Engine` whose requests are answered in text.
+
+    Prompts are token ids (`encode_for` in generate.py makes them). Takes what `Engine` takes.
+    """
+
+    def __init__(self, model: Writer, tokenizer: Tokenizer, **options: Any) -> None:
+        self.engine = Engine(model, **options)
+        self.tokenizer = tokenizer
+        self.pair = model.config if isinstance(model, EncoderDecoder) else None
+        self.written = tokenizer if self.pair is None else tokenizer.target
+        self.stop_ids = frozenset(tokenizer.stop_ids)
+        if self.pair is not None and self.pair.end_id is not None:
+            self.stop_ids |= {self.pair.end_id}
+        self._texts: dict[int, dict[int, _Text]] = {}
+        self._held: dict[int, list[Piece]] = {}  # what came while another stream was being read
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is still to be written."""
+        return self.engine.busy
+
+    def submit(self, prompt: Sequence[int], settings: SamplingSettings) -> int:
+        """Put a request into the queue; its number. Raises `UserError` for an impossible one."""
+        before = prompt[-1] if self.pair is None and prompt else None
+        if self.pair is not None:
+            before = self.pair.start_id
+        constraint = make_constraint(
+            settings, self.written, stop_ids=self.stop_ids, previous=before
+        )
+        request = Request(prompt, settings, self.stop_ids, constraint)
+        number = self.engine.submit(request)
+        assert before is not None  # or the prompt would have been refused
+        self._texts[number] = {
+            choice: _Text(self.written, request, before, self.stop_ids)
+            for choice in range(settings.n)
+        }
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Stop writing; what the request held is free at once."""
+        self.engine.cancel(number)
+        self._texts.pop(number, None)
+        self._held.pop(number, None)
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], settings: SamplingSettings
+    ) -> Generator[Piece, None, None]:
+        """Continue prompts together; `row` of a piece is the place of its prompt.
+
+        Prompts are checked before the first piece is asked for. Closing the generator cancels
+        what is not finished. Several streams may be read in turns.
+        """
+        place_of: dict[int, int] = {}
+        try:
+            for place, request in enumerate(requests_of(prompts, settings)):
+                place_of[self.submit(request.prompt, request.settings)] = place
+        except UserError:
+            for number in place_of:
+                self.cancel(number)
+            raise
+        pieces = self._pieces(place_of)
+        next(pieces)  # from here on, closing it or forgetting it cancels
+        return pieces
+
+    def _pieces(self, place_of: dict[int, int]) -> Generator[Piece, None, None]:
+        try:
+            yield Piece(-1, "")
+            while True:
+                mine = [piece for number in place_of for piece in self._held.pop(number, [])]
+                for piece in mine:
+                    yield replace(piece, row=place_of[piece.row])
+                if mine:  # while they were being read, more may have come
+                    continue
+                if self._texts.keys().isdisjoint(place_of):
+                    return
+                for piece in self.step():
+                    self._held.setdefault(piece.row, []).append(piece)
+        finally:
+            for number in place_of:
+                self.cancel(number)
+
+    def step(self) -> list[Piece]:
+        """One pass of the model: the text that it completed."""
+        pieces = []
+        for new in self.engine.step():
+            texts = self._texts.get(new.request, {})
+            text = texts.get(new.choice)
+            if text is None:  # it met its stop string, and this token came in the same step
+                continue
+            piece = text.push(new)
+            if piece.result is not None:
+                if new.finish_reason is None:
+                    self.engine.cancel(new.request, new.choice)
+                del texts[new.choice]
+                if not texts:
+                    del self._texts[new.request]
+            if piece.text or piece.result is not None:
+                pieces.append(piece)
+        for number in self._texts.keys() - self.engine.runs.keys():
+            del self._texts[number]  # beams found fewer texts than were asked for
+        return pieces
