@@ -7,14 +7,16 @@ medians. Greedy, the same prompts for all; the clocks count tokens that follow t
 
 Memory: the peak of a fresh process that loads, reads 512 tokens and writes 128, above what it had
 when its libraries were imported. MBU: the weights that a new token reads, times tokens/s, over the
-memory bandwidth that `scratchlm doctor` measures. From the command to the first token:
-first_token.py.
+memory bandwidth that `scratchlm doctor` measures. Agreement: 1,000 tokens of a text, ours beside
+the plain twin, which has the same quantised weights as fp32 numbers. From the command to the first
+token: first_token.py.
 
 Needs `scratchlm pull smollm2-135m` and `pip install -r benchmarks/requirements.txt`.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -27,11 +29,21 @@ import torch
 from common import data_file, median, parser, record, wait_for_quiet
 
 from llm_from_scratch.core.device import memory_bandwidth
+from llm_from_scratch.generate.engine import Engine
+from llm_from_scratch.generate.requests import Request
+from llm_from_scratch.generate.sampling import SamplingSettings
+from llm_from_scratch.quant.linear import QuantLinear
+from llm_from_scratch.train.quantize import quantize
+from llm_from_scratch.weights.folder import save_folder
+from llm_from_scratch.weights.gguf_save import save_gguf
+from llm_from_scratch.weights.packing import unpacked
+from llm_from_scratch.weights.sources import load, locate
 
 MODEL = "smollm2-135m"
 TEXT = "wikitext2-valid/wiki.valid.tokens"
 PREFILL, DECODE, SHORT = 512, 128, 32
 TOGETHER, EACH = 8, 64  # texts, and tokens of each
+TEACHER = 1000  # tokens on which the engine is compared with its plain twin
 PEERS = ("ours", "llama.cpp", "transformers")
 
 
@@ -121,9 +133,6 @@ def memory(paths: dict[str, Path], ids: list[int], count: int) -> dict[str, Any]
 
 def utilisation(speed: dict[str, Any]) -> dict[str, float]:
     """The share of the memory's bandwidth that writing one text takes, by threads."""
-    from llm_from_scratch.quant.linear import QuantLinear
-    from llm_from_scratch.weights.sources import load
-
     model, _ = load(MODEL, device="cpu")
     read = sum(one.packed.nbytes for one in model.modules() if isinstance(one, QuantLinear))
     found = {}
@@ -134,13 +143,62 @@ def utilisation(speed: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+@torch.inference_mode()
+def engine_logits(
+    model: Any, ids: list[int], cache_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """What the engine's runner computes for every position, prompts in pieces as ever."""
+    settings = SamplingSettings(max_new_tokens=1, temperature=0.0, prompt_logprobs=0)
+    engine = Engine(model, cache_tokens=len(ids) + 1, cache_dtype=cache_dtype)
+    run, heard = engine.runner.run, []
+    engine.runner.run = lambda feeds: heard.append(run(feeds).clone()) or heard[-1]
+    engine.submit(Request(ids, settings))
+    while engine.busy:
+        engine.step()
+    return torch.cat(heard)
+
+
+def apart(twin: torch.Tensor, ours: torch.Tensor) -> dict[str, float]:
+    """KL(twin || ours) in nats and the share of positions with the same likeliest token."""
+    p, q = twin.double().log_softmax(-1), ours.double().log_softmax(-1)
+    return {
+        "mean_kl": float((p.exp() * (p - q)).sum(-1).mean()),
+        "top1_agreement": float((p.argmax(-1) == q.argmax(-1)).double().mean()),
+    }
+
+
+def agreement(gguf: Path, ids: list[int]) -> dict[str, Any]:
+    """Ours beside the plain twin: the same quantised weights as fp32 numbers, in PyTorch."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        dense, tokenizer = load(gguf, dtype="fp32", device="cpu")
+        paths = {"Q4_1": gguf, "Q4_0": folder / "q4_0.gguf", "Q8_0": folder / "q8_0.gguf"}
+        for kind in ("Q4_0", "Q8_0"):
+            save_gguf(dense, tokenizer, paths[kind], kind)
+        del dense
+        for to in ("int8", "int4", "nf4"):
+            paths[to] = folder / to
+            quantize(str(gguf), to, paths[to])
+        for name, path in paths.items():
+            model, _ = load(path, device="cpu")
+            with torch.inference_mode():
+                twin = unpacked(copy.deepcopy(model).float())(torch.tensor([ids]))[0]
+            caches = [torch.float32]
+            if name == "Q4_1":
+                caches += [torch.bfloat16, torch.int8]
+            for dtype in caches:
+                said = str(dtype).removeprefix("torch.")
+                row = apart(twin, engine_logits(model, ids, dtype))
+                found[f"{name}, {said} cache"] = row
+                print(name, said, row, flush=True)
+    return found
+
+
 def main() -> None:
     arguments = parser(__doc__, "inference.json")
     arguments.add_argument("--rounds", type=int, default=7)
     args = arguments.parse_args()
-    from llm_from_scratch.weights.folder import save_folder
-    from llm_from_scratch.weights.sources import load, locate
-
     gguf = locate(MODEL)
     model, tokenizer = load(MODEL, dtype="bf16", device="cpu")
     ids = tokenizer.encode(data_file(TEXT).read_text(encoding="utf-8")[:8000])
@@ -155,6 +213,7 @@ def main() -> None:
             "speed": rounds(paths, ids, args.rounds),
             "memory": memory(paths, ids, min(args.rounds, 3)),
         }  # fmt: skip
+        results["agreement"] = {"tokens": TEACHER, "formats": agreement(gguf, ids[:TEACHER])}
         results["mbu"] = utilisation(results["speed"])
     record(args.out, results, [TEXT], ["llama_cpp_python", "transformers"])
 

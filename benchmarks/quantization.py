@@ -146,7 +146,7 @@ def main() -> None:
                 results[name][f"perplexity, {text}"] = perplexity(models[name], rows)
                 results[name][f"tokens, {text}"] = rows.numel()
             print(name, results[name], flush=True)
-    wait_for_quiet(args.force)
+    wait_for_quiet(args.force, patience_s=3600.0)  # the long part is over; only speed needs quiet
     for _ in range(args.runs):  # interleaved, so that what disturbs one disturbs all
         for name, model in models.items():
             written = complete(model, tokenizer, [PROMPT], max_new_tokens=NEW, temperature=0.0)

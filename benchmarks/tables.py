@@ -241,6 +241,27 @@ def quantization(data: Row, ja: bool) -> str:
     return f"{table(head, rows)}\n\n{text}\n{machine(data, ja)}"
 
 
+def agreement(data: Row, ja: bool) -> str:
+    found = data["results"]["agreement"]
+    head = (
+        ["重みとキャッシュ", "平均 KL（nats）", "最有力トークンの一致"]
+        if ja
+        else ["weights and cache", "mean KL, nats", "same likeliest token"]
+    )
+    rows = [
+        [name, f"{r['mean_kl']:.1e}", f"{r['top1_agreement']:.1%}"]
+        for name, r in found["formats"].items()
+    ]
+    text = (
+        f"WikiText-2 検証データの {found['tokens']:,} トークン。比べる相手は、同じ重みを fp32 の数に"
+        "広げて PyTorch で計算したもの。"
+        if ja
+        else f"{found['tokens']:,} tokens of WikiText-2 valid, beside the same weights as fp32 "
+        "numbers in PyTorch."
+    )
+    return f"{table(head, rows)}\n\n{text}\n{machine(data, ja)}"
+
+
 def gguf_parity(data: Row, ja: bool) -> str:
     found = data["results"]
     head = (
@@ -305,6 +326,7 @@ MAKERS: dict[str, tuple[str, Callable[[Row, bool], str]]] = {
     "unigram": ("unigram_training", unigram),
     "first_token": ("first_token", first_token),
     "inference": ("inference", inference),
+    "agreement": ("inference", agreement),
     "quantization": ("quantization", quantization),
     "gguf_parity": ("gguf_parity", gguf_parity),
     "experts": ("experts", experts),

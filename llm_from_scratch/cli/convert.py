@@ -70,11 +70,13 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def waiting(line: str) -> Iterator[None]:
+def waiting(line: str, when: bool = True) -> Iterator[None]:
     """In a terminal a clock beside `line`, for work that shows nothing until it is done."""
+    if not when or not sys.stderr.isatty():
+        yield
+        return
     with progress() as report:
-        if sys.stderr.isatty():
-            report(line)
+        report(line)
         yield
 
 

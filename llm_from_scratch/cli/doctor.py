@@ -33,6 +33,7 @@ def examine() -> dict[str, Any]:
         pick_precision,
     )
     from llm_from_scratch.core.files import cache_folder
+    from llm_from_scratch.quant import kernels
 
     device = pick_device("auto")
     dtypes = {"fp32": torch.float32}
@@ -48,6 +49,7 @@ def examine() -> dict[str, Any]:
         "gemm_flops": {name: gemm_rate(device.type, dtype) for name, dtype in dtypes.items()},
         "memory_bytes_per_s": memory_bandwidth(device.type),
         "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("cl"),
+        "kernels": kernels.instructions(),
         "cache": {"folder": str(cache), "bytes": size},
         "disk_free_bytes": free,
     }
@@ -72,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         *((f"GEMM {n}", f"{r / 1e9:,.0f} GFLOP/s") for n, r in found["gemm_flops"].items()),
         ("memory bandwidth", f"{found['memory_bytes_per_s'] / 1e9:,.1f} GB/s"),
         ("C++ compiler", found["compiler"] or "none (train.compile stays off)"),
+        ("kernels", found["kernels"]),
         ("cache", f"{found['cache']['folder']} ({human_bytes(found['cache']['bytes'])})"),
         ("free disk here", human_bytes(found["disk_free_bytes"])),
     ]

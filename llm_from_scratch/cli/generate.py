@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import secrets
 import sys
@@ -29,9 +30,11 @@ examples:
   scratchlm generate smollm2-135m "Is the sky green?" --chat --choice yes no
   scratchlm generate smollm2-135m "Invent a person." --chat --json_schema person.schema.json
   echo "Dear diary" | scratchlm generate runs/mine -
+PROMPT stands before flags that take several values: --stop, --choice, --logit_bias.
 """
 
 MAX_SCHEMA_BYTES = 4 << 20
+LONG = 4000  # characters of a prompt that may take more than a moment to read
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 CACHE_DTYPES = (*DTYPES, "int8")
@@ -256,8 +259,8 @@ def read_schema(text: str | None) -> str | None:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"--json_schema is '{shown(text)[1:-1]}', which is neither a JSON object nor a file "
-            "that can be read."
+            f"--json_schema is {shown(Path(text).as_posix())}, which is neither a JSON object nor "
+            "a file that can be read."
         ) from error
 
 
@@ -327,11 +330,11 @@ def run(args: argparse.Namespace) -> int:
     texts, results = (answer if args.chat else continuation)(
         model, tokenizer, prompt, settings, args
     )
-    if args.json or settings.num_beams > 1 or settings.n > 1:  # shown when they are whole
-        with waiting("Writing ..."):
-            texts = iter(["".join(texts)])
+    whole = args.json or settings.num_beams > 1 or settings.n > 1
+    line = "Writing ..." if whole else "Reading the prompt ..."
+    with waiting(line, when=whole or len(prompt) > LONG):
+        text = "".join(texts) if whole else next(texts, "")
     if args.json:
-        text = next(texts)
         print(json.dumps(report(args, prompt, text, settings, results()), ensure_ascii=False))
         return 0
     if settings.n > 1:
@@ -339,8 +342,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"{number}:", file=sys.stderr, flush=True)
             print(result.text, flush=True)
         return 0
-    for text in texts:
-        print(text, end="", flush=True)
+    for piece in itertools.chain([text], texts):
+        print(piece, end="", flush=True)
     print()
     return 0
 

@@ -108,6 +108,8 @@ class Engine:
         self._numbers = itertools.count()
         self.stack = writing_stack(model)
         dtype = cache_dtype or self.stack.activation_dtype
+        if not dtype.is_floating_point and dtype != torch.int8:
+            raise UserError(f"cache_dtype is {dtype}; it must be a type of floats, or torch.int8.")
         device = self.stack.device
         if cache_tokens is None:
             cache_tokens = default_room(self.stack.config, max_running, dtype, device)

@@ -113,6 +113,7 @@ class Sampling(Run):
         said = None if len(sequence.tokens) > sequence.given else sequence.prompt_logprobs
         guess, odds = sequence.guess, sequence.guess_odds
         sequence.guess, sequence.guess_odds = [], None
+        sequence.cached = len(sequence.tokens)  # of the guess nothing is certain yet
         reason = None
         for place in range(len(guess) + 1):
             row = logits[place]

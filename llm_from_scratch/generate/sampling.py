@@ -107,7 +107,8 @@ def filter_logits(logits: Tensor, settings: SamplingSettings, seen: Tensor | Non
         return logits
     if settings.temperature != 1.0:
         # Shifting by the maximum first keeps tiny temperatures from overflowing.
-        logits = (logits - logits.max(-1, keepdim=True).values) / settings.temperature
+        logits = logits - logits.max(-1, keepdim=True).values
+        logits = logits / max(settings.temperature, 1e-30)  # less is zero in fp32
     if 0 < settings.top_k < logits.shape[-1]:
         logits = keep_top_k(logits, settings.top_k)
     if settings.top_p < 1.0:

@@ -103,6 +103,7 @@ def _count(value: int | None) -> bool:
     return value is None or value >= 0
 
 
+PENALTY = "it must be from -100 to 100 (0 is off, at most 2 is usual)"
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("max_new_tokens", lambda x: x >= 1, "it must be at least 1"),
     (
@@ -115,16 +116,20 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("min_p", lambda x: 0.0 <= x <= 1.0, "it must be between 0 (off) and 1"),
     (
         "repetition_penalty",
-        lambda x: 0.0 < x < math.inf,
-        "it must be above 0 (1 is off, 1.1 is usual)",
+        lambda x: 0.01 <= x <= 100.0,
+        "it must be from 0.01 to 100 (1 is off, 1.1 is usual)",
     ),
-    ("presence_penalty", math.isfinite, "it must be a number (0 is off, at most 2 is usual)"),
-    ("frequency_penalty", math.isfinite, "it must be a number (0 is off, at most 2 is usual)"),
+    ("presence_penalty", lambda x: -100.0 <= x <= 100.0, PENALTY),
+    ("frequency_penalty", lambda x: -100.0 <= x <= 100.0, PENALTY),
     ("no_repeat_ngram", lambda x: x >= 0, "it must be 0 (off) or a number of tokens"),
     ("seed", lambda x: x is None or 0 <= x < 2**63, "it must be from 0 to 2^63 - 1"),
-    ("n", lambda x: x >= 1, "it must be at least 1"),
-    ("num_beams", lambda x: x >= 1, "it must be 1 (no beam search) or more"),
-    ("length_penalty", math.isfinite, "it must be a number (1 is usual, 0 favours short texts)"),
+    ("n", lambda x: 1 <= x <= 10_000, "it must be from 1 to 10,000"),
+    ("num_beams", lambda x: 1 <= x <= 1000, "it must be from 1 (no beam search) to 1,000"),
+    (
+        "length_penalty",
+        lambda x: -10.0 <= x <= 10.0,
+        "it must be from -10 to 10 (1 is usual, 0 favours short texts)",
+    ),
     ("logprobs", _count, "it must be 0 (the new token alone) or how many of the likeliest"),
     ("prompt_logprobs", _count, "it must be 0 (the token alone) or how many of the likeliest"),
 )

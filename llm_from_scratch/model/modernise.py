@@ -26,13 +26,14 @@ from llm_from_scratch.model.config import ModelConfig
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.layers import Linear
 from llm_from_scratch.model.positions import doubled
-from llm_from_scratch.model.surgery import rebuild
+from llm_from_scratch.model.surgery import rebuild, refuse_few_bits
 
 Batches = Iterable[Tensor]
 
 
 def check(model: Decoder, remedy: str, **wanted: Any) -> ModelConfig:
     """The config, or a `UserError` where a field is none of the values wanted of it."""
+    refuse_few_bits(model)
     for name, values in wanted.items():
         if getattr(model.config, name) not in values:
             raise UserError(

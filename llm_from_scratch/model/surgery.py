@@ -46,6 +46,7 @@ def rebuild(model: M, config: Any, values: Mapping[str, Tensor] | None = None) -
     Both must have the shapes that `config` asks for; parameters that it does not ask for are left
     behind. Precision, device and mode are those of the model, and what is frozen stays frozen.
     """
+    refuse_few_bits(model)
     own = dict(model.named_parameters(remove_duplicate=False))
     values = {**own, **(values or {})}
     like = next(model.parameters())
@@ -70,6 +71,15 @@ def rebuild(model: M, config: Any, values: Mapping[str, Tensor] | None = None) -
     new.to(like.device).train(model.training)
     new.compute_dtype = model.compute_dtype
     return new
+
+
+def refuse_few_bits(model: nn.Module) -> None:
+    """Raise `UserError` where matrices are packed (quant/linear.py) and hold no numbers."""
+    if any(hasattr(part, "dequantize") for part in model.modules()):
+        raise UserError(
+            "This model's matrices are in few bits, and only numbers can be operated on: load it "
+            "with dtype='fp32'."
+        )
 
 
 def _like(model: Any, config: Any) -> Any:
@@ -312,6 +322,7 @@ def _writer(model: nn.Module, what: str) -> Decoder:
         raise UserError(
             f"{what} is for a Decoder or an EncoderDecoder, not for a {type(model).__name__}."
         )
+    refuse_few_bits(model)
     return writer
 
 

@@ -114,6 +114,7 @@ def test_doctor_examines_the_machine(capsys: pytest.CaptureFixture[str]) -> None
     assert found["memory_bytes_per_s"] > 1e6
     assert found["device"] in ("cpu", "cuda", "mps")
     assert {"python", "system", "processor", "cores", "cache", "precision"} <= found.keys()
+    assert found["kernels"] in ("avx512", "avx2", "neon", "plain", "off")
 
 
 def test_printed_settings_can_be_fed_back(capsys: pytest.CaptureFixture[str]) -> None:

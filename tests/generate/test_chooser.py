@@ -245,10 +245,15 @@ def test_logprobs_are_the_models_own() -> None:
         ({"frequency_penalty": math.inf}, "frequency_penalty is inf; it must be"),
         ({"no_repeat_ngram": -1}, "no_repeat_ngram is -1; it must be"),
         ({"n": 0}, "n is 0; it must be"),
+        ({"n": 10**9}, "n is 1000000000; it must be from 1 to 10,000"),
+        ({"num_beams": 10**9}, "num_beams is 1000000000; it must be from 1"),
         ({"logprobs": -1}, "logprobs is -1; it must be"),
-        ({"presence_penalty": None}, "presence_penalty is None; it must be a number"),
+        ({"presence_penalty": None}, "presence_penalty is None; it must be from -100"),
+        ({"frequency_penalty": 1e308}, "frequency_penalty is 1e.308; it must be from -100"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty is 1e-300; it must be from 0.01"),
+        ({"length_penalty": 1e5}, "length_penalty is 100000.0; it must be from -10 to 10"),
         ({"temperature": "hot"}, "temperature is 'hot'; it must be"),
-        ({"frequency_penalty": 10**400}, "frequency_penalty is 10*.*; it must be a number"),
+        ({"frequency_penalty": 10**400}, "frequency_penalty is 10*.*; it must be from -100"),
         ({"logit_bias": {math.inf: 1}}, "logit_bias has inf: 1; it must be a token id"),
         ({"prompt_logprobs": -2}, "prompt_logprobs is -2; it must be"),
         ({"logit_bias": {"the": 1}}, "logit_bias has 'the': 1; it must be a token id"),
@@ -267,3 +272,11 @@ def test_wrong_settings_are_named(values: dict[str, Any], message: str) -> None:
 def test_a_bias_may_come_from_json() -> None:
     assert SamplingSettings(logit_bias={"42": "-100", 7: 1}).logit_bias == {42: -100.0, 7: 1.0}
     assert hash(SamplingSettings(logit_bias={1: 2})) is not None
+
+
+def test_a_temperature_that_is_all_but_zero() -> None:
+    """Divided by what is zero in fp32, logits would be no numbers."""
+    logits_v = torch.tensor([1.0, 3.0, 2.999, -1.0])
+    for temperature in (1e-300, 1e-40, 1e-6):
+        settings = SamplingSettings(temperature=temperature)
+        assert Chooser(settings, make_generator(1), [0]).choose(logits_v) == 1

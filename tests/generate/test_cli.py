@@ -6,12 +6,14 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llm_from_scratch.cli import convert, generate
 from llm_from_scratch.cli.main import run
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.generate import conversation as conversation_module
@@ -194,6 +196,26 @@ def test_several_texts_and_beams(folder: str, capsys: pytest.CaptureFixture[str]
     assert len(results[0]["prompt_logprobs"]) == results[0]["prompt_tokens"] - 1
     assert run([*command, "--json", "--length_penalty", "0"]) == 0
     assert json.loads(capsys.readouterr().out)["settings"]["length_penalty"] == 0
+
+
+def test_what_takes_long_is_said_in_a_terminal(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    @contextmanager
+    def progress() -> Iterator[Callable[[str], None]]:
+        yield said.append
+
+    monkeypatch.setattr(convert, "progress", progress)
+    plain = greedy(capsys, folder)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert greedy(capsys, folder) == plain
+    assert said == []
+    greedy(capsys, folder, "--json")
+    monkeypatch.setattr(generate, "LONG", 3)
+    assert greedy(capsys, folder) == plain
+    assert said == ["Writing ...", "Reading the prompt ..."]
 
 
 def test_logprobs_are_told(folder: str, capsys: pytest.CaptureFixture[str]) -> None:

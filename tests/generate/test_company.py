@@ -269,6 +269,8 @@ def test_an_engine_that_could_do_nothing_is_refused() -> None:
     for name in ("chunk", "max_running"):
         with pytest.raises(UserError, match=f"{name} is 0; it must be at least 1"):
             Engine(llama(), **{name: 0})
+    with pytest.raises(UserError, match=r"cache_dtype is torch\.int32; it must be"):
+        Engine(llama(), cache_dtype=torch.int32)
 
 
 def test_more_beams_than_texts_at_once() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.quant import kernels
 from llm_from_scratch.quant.formats import FORMATS, Format, dequantise
 from llm_from_scratch.quant.linear import QuantEmbedding, QuantLinear, set_module
 from llm_from_scratch.quant.packed import PackedWeight, why_not_packed
@@ -111,12 +112,12 @@ def test_products_are_those_of_the_weights(name: str) -> None:
     halves = x.view(7, 10, -1).bfloat16()
     assert packed.linear(halves).dtype == torch.bfloat16
     assert packed.linear(halves).shape == (7, 10, packed.out_features)
-    torch.testing.assert_close(
-        packed.linear(halves), packed.linear_plain(halves.float()).bfloat16(), rtol=2e-2, atol=2e-2
-    )
+    exact = packed.linear_plain(halves.float())  # without kernels the weights become bf16, too
+    assert (packed.linear(halves) - exact).norm() < 1e-2 * exact.norm()
     assert packed.linear(x[:0]).shape == (0, packed.out_features)
 
 
+@pytest.mark.skipif(not kernels.available(), reason="PyTorch does not promise this")
 def test_a_row_is_the_same_whatever_stands_beside_it() -> None:
     packed, _ = from_gguf("Q4_1", out=100)
     x = torch.randn(45, packed.in_features, generator=torch.Generator().manual_seed(2))

@@ -10,8 +10,17 @@ import torch
 from gguf import GGMLQuantizationType
 
 import llm_from_scratch as llm
+from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.generate.generate import complete
+from llm_from_scratch.model import modernise
 from llm_from_scratch.model.decoder import Decoder
+from llm_from_scratch.model.surgery import (
+    drop_layers,
+    extend_context,
+    grow_vocabulary,
+    tie,
+    untie,
+)
 from llm_from_scratch.quant.linear import QuantEmbedding, QuantLinear
 from llm_from_scratch.weights.convert import convert
 from llm_from_scratch.weights.folder import load_folder, save_folder
@@ -72,3 +81,19 @@ def test_rows_that_are_no_whole_blocks_stay_numbers(
     model = make_model()  # of width 24
     save_folder(model, None, tmp_path / "model")
     assert packed_layers(load_folder(tmp_path / "model", packed=True)[0]) == []
+
+
+def test_only_numbers_are_operated_on(file: Path) -> None:
+    steps: list[Callable[[Decoder], object]] = [
+        lambda model: extend_context(model, 2 * model.config.max_seq_len),
+        lambda model: grow_vocabulary(model, 5, model.config.vocab_size + 3),
+        lambda model: drop_layers(model, [0]),
+        lambda model: tie(untie(model)),
+        lambda model: modernise.check(model, "", norm=("rms",)),
+    ]
+    packed, numbers = (llm.load(file, device="cpu", dtype=dtype)[0] for dtype in (None, "fp32"))
+    assert isinstance(packed, Decoder) and isinstance(numbers, Decoder)
+    for step in steps:
+        with pytest.raises(UserError, match=r"in few bits, and only numbers .*dtype='fp32'"):
+            step(packed)
+        step(numbers)
