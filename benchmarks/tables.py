@@ -253,7 +253,7 @@ def agreement(data: Row, ja: bool) -> str:
         for name, r in found["formats"].items()
     ]
     text = (
-        f"WikiText-2 検証データの {found['tokens']:,} トークン。比べる相手は、同じ重みを fp32 の数に"
+        f"WikiText-2 検証データの {found['tokens']:,} トークン。比べる相手は、同じ重みを fp32 に"
         "広げて PyTorch で計算したもの。"
         if ja
         else f"{found['tokens']:,} tokens of WikiText-2 valid, beside the same weights as fp32 "
