@@ -76,6 +76,14 @@ def why_plain(model: Decoder, pool: PagePool) -> str | None:
     return None if kernels.available() else "there are no compiled kernels"
 
 
+def spaced(rows: int, width: int) -> Tensor:
+    """(rows, width) numbers whose rows do not begin a multiple of 1,024 bytes apart.
+
+    A cache puts such addresses into the same few places, where they drive each other out.
+    """
+    return torch.empty(rows, width + (16 if width % 256 == 0 else 0))[:, :width]
+
+
 class Buffers:
     """Where the activations of a pass lie, all fp32, for up to `rows` tokens of `texts` texts."""
 
@@ -84,9 +92,9 @@ class Buffers:
         self.rows, self.texts = rows, texts
         self.x_nm = torch.empty(rows, m)  # the residual stream
         self.y_nm = torch.empty(rows, m)
-        self.qkv_n = torch.empty(rows, (config.n_heads + 2 * config.n_kv_heads) * d)
+        self.qkv_n = spaced(rows, (config.n_heads + 2 * config.n_kv_heads) * d)
         self.mixed_nhd = torch.empty(rows, config.n_heads, d)
-        self.gate_up_n = torch.empty(rows, 2 * f)
+        self.gate_up_n = spaced(rows, 2 * f)
         self.angles = torch.empty(rows, 2, config.rope_dim)
         self.local_angles = torch.empty(rows, 2, config.rope_dim)
         self.position_n = torch.empty(rows, dtype=torch.int32)

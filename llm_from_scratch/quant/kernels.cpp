@@ -401,8 +401,8 @@ INLINE void rest_a_moment() {
 #endif
 }
 
-// Workers wait for a job by looking again and again for some tens of microseconds, the time
-// between two layers, and then go to sleep. A job is closed by its caller as soon as no task is
+// Workers wait for a job by looking again and again for about a millisecond, longer than the time
+// between two layers or two tokens, and then go to sleep. A job is closed by its caller as soon as no task is
 // left, so a worker that wakes too late costs nothing.
 class Pool {
 public:
@@ -468,7 +468,7 @@ private:
     void work(size_t number) {
         for (uint64_t last = 0;;) {
             bool inside = false;
-            for (int turn = 0; turn < 4000 && !(inside = enter(last, number)); turn++)
+            for (int turn = 0; turn < 40000 && !(inside = enter(last, number)); turn++)
                 rest_a_moment();
             if (!inside) {
                 std::unique_lock<std::mutex> lock(mutex);
@@ -495,6 +495,11 @@ template <class Body>
 static void in_parallel(int64_t threads, int64_t tasks, const Body& body) {
     pool()->run(threads, tasks,
                 [](const void* context, int64_t i) { (*(const Body*)context)(i); }, &body);
+}
+
+// A hand-over to another core costs some microseconds, in which a core does a million products.
+static int64_t worth(int64_t threads, int64_t products) {
+    return products < 1 << 20 ? 1 : threads;
 }
 
 // Rows in tasks that are worth a hand-over to another thread.
@@ -752,9 +757,10 @@ static void finish(const LinearCall& c, int64_t row, int64_t tile, Floats y) {
     store_some(to, y, count);
 }
 
-// Rows of x are taken in chunks that stay in the second-level cache while the tiles pass by.
+// Rows of x are taken in chunks that stay, as do their results, in the nearest caches while the
+// tiles pass by.
 static void tiles_times_rows(const LinearCall& c, const Prepared& p, int64_t first, int64_t last) {
-    constexpr int64_t CHUNK = 64;
+    constexpr int64_t CHUNK = 16;
     const Matrix& m = *c.matrix;
     const TileKernel one = kernel_for<1>(m), two = kernel_for<2>(m), four = kernel_for<4>(m);
     const TileKernel most = kernel_for<ROWS_AT_ONCE>(m);
@@ -796,8 +802,12 @@ extern "C" void linear(const LinearCall* call) {
                     all_units + r * n_units);
         });
     }
-    const int64_t tasks = std::min(m.tiles(), c.threads < 2 ? 1 : 4 * c.threads);
-    in_parallel(c.threads, tasks, [&](int64_t i) {
+    // Few large tasks keep each thread at its own part of the matrix; many small ones level out what
+    // disturbs a long product.
+    const int64_t threads = worth(c.threads, (int64_t)m.out_features * m.in_features * c.rows);
+    const int64_t each = c.rows > 16 ? 4 : 1;
+    const int64_t tasks = std::min(m.tiles(), threads < 2 ? 1 : each * threads);
+    in_parallel(threads, tasks, [&](int64_t i) {
         tiles_times_rows(c, p, m.tiles() * i / tasks, m.tiles() * (i + 1) / tasks);
     });
 }
@@ -1147,11 +1157,14 @@ extern "C" void attend(const AttendCall* call) {
                            blocks.back().count < QUERIES;
         joins ? (void)blocks.back().count++ : blocks.push_back({r, 1});
     }
+    int64_t seen = 0;
+    for (int64_t r = 0; r < c.rows; r++) seen += c.position[r] + 1;
+    const int64_t threads = worth(c.threads, 2 * seen * c.heads * c.head_dim);
     const int64_t group = c.heads / c.kv_heads, n = blocks.size();
     // With few blocks, the heads that share keys are split, so that each thread has its part.
-    const int64_t together = n * c.kv_heads >= 2 * c.threads || c.threads < 2 ? group : 1;
+    const int64_t together = n * c.kv_heads >= 2 * threads || threads < 2 ? group : 1;
     const int64_t parts = c.heads / together;
-    in_parallel(c.threads, n * parts, [&](int64_t i) {
+    in_parallel(threads, n * parts, [&](int64_t i) {
         const Block& b = blocks[n - 1 - i / parts];  // the last see most: they come first
         attend_block(c, b.first, b.count, i % parts * together, together);
     });
