@@ -195,12 +195,14 @@ def inference(data: Row, ja: bool) -> str:
         for threads, r in found["speed"].items():
             speeds = r["median"][task]
             peer, least = aims[task]
-            ratio = f"{r['ratios'][f'{task}_to_{peer}']:.2f}x {peer} (>= {least})"
+            found_ratio = r["ratios"][f"{task}_to_{peer.replace('.', '_')}"]
+            ratio = f"{found_ratio:.2f}x {peer} (>= {least})"
             cells = [f"{speeds[name]:,.0f}" for name in peers]
             rows.append([names[0] if ja else names[1], threads, *cells, ratio])
     memory = {name: value / 1e6 for name, value in found["memory"]["median"].items()}
     ratio = found["memory"]["ratio_to_llama_cpp"]
-    said = ", ".join(f"{name} {value:,.0f} MB" for name, value in memory.items())
+    us = "本プロジェクト" if ja else "ours"
+    said = ", ".join(f"{us if n == 'ours' else n} {v:,.0f} MB" for n, v in memory.items())
     mbu = ", ".join(f"{share:.0%}" for share in found["mbu"].values())
     versions = ", ".join(f"{name} {version}" for name, version in data["peers"].items())
     if ja:
