@@ -12,23 +12,32 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 
-class Side(Protocol):
+class Side:
     """What is measured. All times are in seconds."""
 
     def load(self, path: str) -> None:
         """Read the model."""
+        raise NotImplementedError
+
+    def _run(self, prompts: list[list[int]], new_tokens: int) -> tuple[float, float, list[int]]:
+        """Seconds until every prompt has its first token, seconds for the rest, first answer."""
+        raise NotImplementedError
 
     def prefill(self, prompt: list[int]) -> float:
         """Read a prompt and choose one token."""
+        return self._run([prompt], 1)[0]
 
     def decode(self, prompt: list[int], new_tokens: int) -> tuple[float, list[int]]:
         """Write tokens behind a prompt; the clock starts when the first one is there."""
+        _, seconds, tokens = self._run([prompt], new_tokens + 1)
+        return seconds, tokens
 
     def together(self, prompts: list[list[int]], new_tokens: int) -> float:
         """The same for several prompts at once; the clock starts when each has its first token."""
+        return self._run(prompts, new_tokens + 1)[1]
 
 
 def resident() -> dict[str, int]:
@@ -40,7 +49,7 @@ def resident() -> dict[str, int]:
     return {name: int(fields[field].split()[0]) * 1024 for name, field in names.items()}
 
 
-class Ours:
+class Ours(Side):
     """This project's engine with a GGUF file as it is."""
 
     def __init__(self, threads: int) -> None:
@@ -57,7 +66,6 @@ class Ours:
         self.model, _ = self.sources.load(path, device="cpu")
 
     def _run(self, prompts: list[list[int]], new_tokens: int) -> tuple[float, float, list[int]]:
-        """Seconds until every prompt has its first token, seconds for the rest, first answer."""
         settings = self.sampling.SamplingSettings(max_new_tokens=new_tokens, temperature=0.0)
         room = self.engine.room_for(self.model, prompts, settings)
         engine = self.engine.Engine(self.model, cache_tokens=room, reuse_prefixes=False)
@@ -74,18 +82,8 @@ class Ours:
         end = time.perf_counter()
         return first - start, end - first, [one.token for one in new if one.request == 0]
 
-    def prefill(self, prompt: list[int]) -> float:
-        return self._run([prompt], 1)[0]
 
-    def decode(self, prompt: list[int], new_tokens: int) -> tuple[float, list[int]]:
-        _, seconds, tokens = self._run([prompt], new_tokens + 1)
-        return seconds, tokens
-
-    def together(self, prompts: list[list[int]], new_tokens: int) -> float:
-        return self._run(prompts, new_tokens + 1)[1]
-
-
-class LlamaCpp:
+class LlamaCpp(Side):
     """llama.cpp through its own C interface, as llama-cpp-python binds it."""
 
     CONTEXT, SEQUENCES = 1024, 8
@@ -144,18 +142,8 @@ class LlamaCpp:
             answer.append(last[0])
         return first - start, time.perf_counter() - first, answer
 
-    def prefill(self, prompt: list[int]) -> float:
-        return self._run([prompt], 1)[0]
 
-    def decode(self, prompt: list[int], new_tokens: int) -> tuple[float, list[int]]:
-        _, seconds, tokens = self._run([prompt], new_tokens + 1)
-        return seconds, tokens
-
-    def together(self, prompts: list[list[int]], new_tokens: int) -> float:
-        return self._run(prompts, new_tokens + 1)[1]
-
-
-class Transformers:
+class Transformers(Side):
     """LlamaForCausalLM of transformers in bf16, from a folder."""
 
     def __init__(self, threads: int) -> None:
@@ -188,16 +176,6 @@ class Transformers:
                 last = found.logits[:, -1].argmax(-1)
                 answer.append(int(last[0]))
         return first - start, time.perf_counter() - first, answer
-
-    def prefill(self, prompt: list[int]) -> float:
-        return self._run([prompt], 1)[0]
-
-    def decode(self, prompt: list[int], new_tokens: int) -> tuple[float, list[int]]:
-        _, seconds, tokens = self._run([prompt], new_tokens + 1)
-        return seconds, tokens
-
-    def together(self, prompts: list[list[int]], new_tokens: int) -> float:
-        return self._run(prompts, new_tokens + 1)[1]
 
 
 SIDES: dict[str, Callable[[int], Side]] = {
