@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from llm_from_scratch.core.errors import UserError, nearest, shown
-from llm_from_scratch.quant.nf4 import BLOCK, NF4_VALUES, NF4Blocks
+from llm_from_scratch.quant.nf4 import BLOCK, NF4Blocks
 from llm_from_scratch.quant.rtn import BITS, Grouped
+from llm_from_scratch.quant.tiles import NF4_VALUES
 from llm_from_scratch.weights.config_json import LARGEST_WEIGHT
 from llm_from_scratch.weights.families.table import Entry
 from llm_from_scratch.weights.stored import StoredTensors

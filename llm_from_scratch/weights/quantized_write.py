@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from llm_from_scratch.core.errors import UserError
-from llm_from_scratch.quant.nf4 import BLOCK, NF4_VALUES, NF4Blocks
+from llm_from_scratch.quant.nf4 import BLOCK, NF4Blocks
 from llm_from_scratch.quant.rtn import Grouped
+from llm_from_scratch.quant.tiles import NF4_VALUES
 from llm_from_scratch.weights.assemble import Model
 from llm_from_scratch.weights.families import Entry, Family, family_of
 from llm_from_scratch.weights.heads import name_in_class, stored_entries

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.presets import FAMILIES
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.text.training import train_tokenizer
+from llm_from_scratch.weights.folder import save_folder
 
 TEXT = "Once upon a time there was a king. むかしむかし、王様がいました。🙂 The end.\n\n" * 20
 
@@ -74,3 +76,13 @@ def scripted(tokenizer: Tokenizer) -> Callable[..., Scripted]:
         return Scripted(config, ids)
 
     return make_scripted
+
+
+@pytest.fixture(scope="module")
+def folder(
+    make: Callable[..., Decoder], tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """A base model as a folder."""
+    path: Path = tmp_path_factory.mktemp("models") / "base"
+    save_folder(make(vocab_size=tokenizer.vocab_size, max_seq_len=120), tokenizer, path)
+    return str(path)

@@ -26,15 +26,6 @@ from llm_from_scratch.weights.folder import save_folder
 
 
 @pytest.fixture(scope="module")
-def folder(
-    make: Callable[..., Decoder], tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
-) -> str:
-    path: Path = tmp_path_factory.mktemp("models") / "base"
-    save_folder(make(vocab_size=tokenizer.vocab_size, max_seq_len=120), tokenizer, path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def chat_folder(make: Callable[..., Decoder], tmp_path_factory: pytest.TempPathFactory) -> str:
     path: Path = tmp_path_factory.mktemp("models") / "chat"
     special = ["<|im_start|>", "<|im_end|>"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
@@ -11,20 +10,8 @@ import pytest
 
 from llm_from_scratch.cli.main import run
 from llm_from_scratch.core.errors import UserError
-from llm_from_scratch.model.decoder import Decoder
-from llm_from_scratch.text.tokenizer import Tokenizer
-from llm_from_scratch.weights.folder import save_folder
 
 SCHEMA = {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 3}
-
-
-@pytest.fixture(scope="module")
-def folder(
-    make: Callable[..., Decoder], tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
-) -> str:
-    path: Path = tmp_path_factory.mktemp("models") / "base"
-    save_folder(make(vocab_size=tokenizer.vocab_size, max_seq_len=120), tokenizer, path)
-    return str(path)
 
 
 def test_every_flag_reaches_the_settings(folder: str, capsys: pytest.CaptureFixture[str]) -> None:

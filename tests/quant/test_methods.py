@@ -10,10 +10,11 @@ from torch import Tensor
 
 from llm_from_scratch.core.errors import RunError
 from llm_from_scratch.quant.gptq import quantize_gptq
-from llm_from_scratch.quant.nf4 import NF4_VALUES, quantize_nf4
+from llm_from_scratch.quant.nf4 import quantize_nf4
 from llm_from_scratch.quant.packed import PackedWeight
 from llm_from_scratch.quant.prune import keep_mask
 from llm_from_scratch.quant.rtn import Grouped, fitting_group, quantize_rtn, search_scales
+from llm_from_scratch.quant.tiles import NF4_VALUES
 
 
 def random_weight(seed: int, outputs: int = 24, inputs: int = 128) -> Tensor:
