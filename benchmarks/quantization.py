@@ -31,7 +31,6 @@ WIKITEXT, AOZORA, C4 = (
     "wikitext2-valid/wiki.valid.tokens", "aozora/aozora_clean.jsonl.gz", "c4-demo/c4_demo.jsonl",
 )  # fmt: skip
 WINDOW = 1024
-TOKENS = {"wikitext-2 valid": 0, "aozora": 65_536}  # that are read of each text; 0: all
 PROMPT, NEW = "The history of the city begins with", 64
 CALIBRATION_CHARACTERS = (700_000, 200_000)  # of C4, of Aozora Bunko
 
@@ -120,7 +119,7 @@ def bits_of(model: Any) -> float:
 
 def main() -> None:
     made = parser(__doc__ or "", "quantization.json")
-    made.add_argument("--tokens", type=int, help="of each text, for a quick look; 0: all of it")
+    made.add_argument("--tokens", type=int, default=65_536, help="of each text; 0: all of it")
     made.add_argument("--samples", type=int, default=128, help="windows of calibration")
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--runs", type=int, default=5, help="of writing, for the speed")
@@ -143,8 +142,7 @@ def main() -> None:
             if VARIANTS[name] is None:
                 results[name]["bytes"] = gguf_bytes()
             for text, content in texts.items():
-                limit = TOKENS[text] if args.tokens is None else args.tokens
-                rows = windows(tokenizer, content, limit)
+                rows = windows(tokenizer, content, args.tokens)
                 results[name][f"perplexity, {text}"] = perplexity(models[name], rows)
                 results[name][f"tokens, {text}"] = rows.numel()
             print(name, results[name], flush=True)
