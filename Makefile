@@ -13,7 +13,8 @@ INPUTS := pyproject.toml constraints.txt
 help:
 	@echo "make quickstart   install, train a model in about four minutes, show what it can do"
 	@echo "make test         install with the development tools, lint, type-check, test"
-	@echo "make test-full    also the slow tests: real weights, wheel, a thousand kills"
+	@echo "                  (the web page in Chromium, where there is one)"
+	@echo "make test-full    also the slow tests: real weights, wheel, load, a thousand kills"
 	@echo "make bench        the benchmarks (docs/en/benchmarks.md); wants a quiet machine"
 
 $(BIN)/python:

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llm_from_scratch"
+DOCS = "llm_from_scratch/serve/docs"  # where the server finds the pages of docs/
 
 pytestmark = pytest.mark.full
 
@@ -53,7 +54,14 @@ def test_the_wheel_is_pure_python_and_complete(wheel: Path) -> None:
         for path in PACKAGE.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {name for name in names if ".dist-info/" not in name} == sources
+    pages = {
+        f"{DOCS}/{path.relative_to(ROOT / 'docs')}"
+        for part in ("en", "ja", "images")
+        for path in (ROOT / "docs" / part).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert f"{DOCS}/ja/index.md" in pages
+    assert {name for name in names if ".dist-info/" not in name} == sources | pages
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "Name: scratchlm\n" in about
     for library in ("transformers", "gguf", "tiktoken", "llama"):

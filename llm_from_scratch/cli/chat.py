@@ -5,21 +5,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
-from llm_from_scratch.cli.generate import (
-    NOT_UTF8,
+from llm_from_scratch.cli.commands import Commands, note, printable
+from llm_from_scratch.cli.generate import stdin_lines
+from llm_from_scratch.cli.sampling_flags import (
     add_model_arguments,
     add_sampling_arguments,
     explain_template,
     load_model,
     settings_of,
-    stdin_lines,
 )
-from llm_from_scratch.core.errors import RunError, UserError, nearest
+from llm_from_scratch.core.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from llm_from_scratch.generate.chat import Chat
@@ -37,20 +38,16 @@ MODEL may be the address of an OpenAI-compatible server. A key for it is read fr
 variable SCRATCHLM_API_KEY.
 """
 
-COMMANDS = {
-    "/help": "this list",
-    "/reset": "begin a new conversation",
-    "/system": "/system TEXT: what the model is told first (no TEXT: nothing); begins anew",
-    "/quit": "leave (or Ctrl-D); Ctrl-C stops an answer",
-}
+Ask = Callable[[], Generator[str, None, None]]
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "chat",
         help="talk with a model in the terminal",
-        description="Talk with a model in the terminal. One line is one message; lines can also "
-        "be piped in.\nCtrl-C stops an answer, Ctrl-D leaves, /help lists the commands.",
+        description="Talk with a model in the terminal. Enter sends a message, Alt+Enter begins a "
+        "new line in it; piped in, one line is one message. Ctrl-C stops an answer, Ctrl-D leaves, "
+        "/help lists the commands.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -66,12 +63,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print each answer as one JSON object, a line each"
     )
+    parser.add_argument(
+        "--no_history",
+        action="store_true",
+        help="keep nothing of what is typed for the next session (it is kept in the cache folder)",
+    )
     parser.set_defaults(max_new_tokens=512)
-
-
-def note(text: str) -> None:
-    """Something that is no part of the conversation."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,10 +82,27 @@ def run(args: argparse.Namespace) -> int:
         chat = chat_at_address(args, settings)
     else:
         chat = chat_here(args)
+    interactive = sys.stdin is not None and sys.stdin.isatty()
     with chat:
         conversation = Conversation(chat, settings, system=args.system)
-        talk(conversation, reply_json if args.json else reply)
+
+        def answer(message: str, ask: Ask) -> None:
+            if args.json:
+                reply_json(conversation, message, ask)
+            else:
+                reply(conversation, ask)
+
+        check = check_askable if is_address(args.model) else (lambda settings: None)
+        commands = Commands(conversation, answer, interactive=interactive, check=check)
+        talk(conversation, commands, interactive, keep=not args.no_history)
     return 0
+
+
+def check_askable(settings: SamplingSettings) -> None:
+    """Refuse settings that no server can be asked for."""
+    from llm_from_scratch.generate.protocol import request_body
+
+    request_body("", [{"role": "user", "content": ""}], settings, stream=True)
 
 
 def chat_here(args: argparse.Namespace) -> Chat:
@@ -118,65 +132,84 @@ def chat_here(args: argparse.Namespace) -> Chat:
 
 def chat_at_address(args: argparse.Namespace, settings: SamplingSettings) -> Chat:
     """A model that a server answers for; what it cannot be asked is refused before anything is."""
-    from llm_from_scratch.generate.protocol import request_body
     from llm_from_scratch.generate.remote import RemoteChat
 
     for flag in ("device", "dtype"):
         if getattr(args, flag) != "auto":
             raise UserError(f"--{flag} is for a model on this machine; a server has its own.")
-    request_body("", [{"role": "user", "content": ""}], settings, stream=True)
+    check_askable(settings)
     chat = RemoteChat(args.model, args.served, report=note)
     note(f"{chat.name} at {chat.address}. /help lists the commands.")
     return chat
 
 
-def talk(conversation: Conversation, reply: Callable[[Conversation, str], None]) -> None:
-    """Read messages and commands until the input ends; `reply` answers a message."""
-    interactive = sys.stdin is not None and sys.stdin.isatty()
-    piped = stdin_lines()
-    if interactive:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  (line editing and history for `input`)
+def talk(conversation: Conversation, commands: Commands, interactive: bool, keep: bool) -> None:
+    """Read messages and commands until the input ends."""
+    read = typed(commands, keep) if interactive else piped()
     while True:
         try:
-            line = input("\n> ").strip() if interactive else next(piped).strip()
-        except UnicodeDecodeError as error:
-            raise UserError(NOT_UTF8) from error
-        except StopIteration:
-            return
+            line = read()
+            if not line.strip():
+                continue
+            if line.startswith("/") and not line.startswith("//"):
+                try:
+                    if not commands.obey(line):
+                        return
+                except UserError as error:
+                    note(f"({error})")
+                continue
+            message = line.removeprefix("/") if line.startswith("//") else line
+            commands.answer(message, functools.partial(conversation.ask, message))
         except EOFError:
-            print()
             return
         except KeyboardInterrupt:
+            if not interactive:
+                raise
             note("\n(Ctrl-D or /quit leaves.)")
-            continue
-        if not line:
-            continue
-        if line.startswith("/") and not line.startswith("//"):
-            if not obey(conversation, line):
-                return
-            continue
-        try:
-            reply(conversation, line.removeprefix("/") if line.startswith("//") else line)
         except RunError as error:  # a server that is gone may come back
             if not interactive:
                 raise
             note(f"({error})")
 
 
-def reply(conversation: Conversation, message: str) -> None:
+def piped() -> Callable[[], str]:
+    """Standard input, line by line; `EOFError` behind the last."""
+    lines = stdin_lines()
+
+    def read() -> str:
+        try:
+            return next(lines).strip()
+        except StopIteration:
+            raise EOFError from None
+
+    return read
+
+
+def typed(commands: Commands, keep: bool) -> Callable[[], str]:
+    """What a person types, several lines included."""
+    from llm_from_scratch.cli.terminal import Terminal
+    from llm_from_scratch.text.tokenizer import without_surrogates
+
+    terminal = Terminal(keep=keep)
+
+    def read() -> str:
+        draft, commands.draft = commands.draft, ""
+        return without_surrogates(terminal.read(draft).rstrip().lstrip("\n"))
+
+    return read
+
+
+def reply(conversation: Conversation, ask: Ask) -> None:
     """Print the answer as it comes; Ctrl-C stops it and keeps what was said."""
+    shown = printable if sys.stdout.isatty() else str
+    before = conversation.forgotten
     try:
-        with contextlib.closing(conversation.ask(message)) as pieces:
-            first = True
+        with contextlib.closing(ask()) as pieces:
             for piece in pieces:
-                if first and conversation.forgotten:
-                    note(
-                        f"(The context is full: the {conversation.forgotten} oldest messages were "
-                        "dropped.)"
-                    )
-                first = False
-                print(piece, end="", flush=True)
+                if conversation.forgotten > before:
+                    before = conversation.forgotten
+                    note(f"(The context is full: the {before} oldest messages are left out.)")
+                print(shown(piece), end="", flush=True)
         print(flush=True)
     except KeyboardInterrupt:
         print(flush=True)
@@ -189,11 +222,11 @@ def reply(conversation: Conversation, message: str) -> None:
         note("(The answer was cut off: --max_new_tokens or the context was used up.)")
 
 
-def reply_json(conversation: Conversation, message: str) -> None:
+def reply_json(conversation: Conversation, message: str, ask: Ask) -> None:
     """Print the message and the whole answer as one line of JSON."""
     row: dict[str, Any] = {"message": message}
     try:
-        row["answer"] = "".join(conversation.ask(message))
+        row["answer"] = "".join(ask())
         if (said := conversation.reply) is not None:
             row["finish_reason"] = said.finish_reason
             if said.usage is not None:
@@ -204,22 +237,3 @@ def reply_json(conversation: Conversation, message: str) -> None:
     except UserError as error:
         row["error"] = str(error)
     print(json.dumps(row, ensure_ascii=False), flush=True)
-
-
-def obey(conversation: Conversation, line: str) -> bool:
-    """Carry out a /command; False to leave."""
-    command, _, rest = line.partition(" ")
-    if command in ("/quit", "/exit"):
-        return False
-    if command == "/help":
-        note("\n".join(f"{name:<9}{text}" for name, text in COMMANDS.items()))
-    elif command == "/reset":
-        conversation.reset()
-        note("(new conversation)")
-    elif command == "/system":
-        conversation.system = rest.strip() or None
-        conversation.reset()
-        note("(new conversation with this system message)" if rest else "(no system message)")
-    else:
-        note(f"(There is no command {command}; /help lists them.{nearest(command, COMMANDS)})")
-    return True

@@ -19,6 +19,7 @@ VERBS: dict[str, tuple[str, bool]] = {
     "pretrain": ("train a language model from your own text", True),
     "generate": ("continue a prompt, or answer one with --chat", False),
     "chat": ("talk with a model in the terminal", False),
+    "serve": ("serve models over HTTP (OpenAI's protocol), with a web page", False),
     "models": ("list the models and families that are known", False),
     "pull": ("fetch pretrained weights and check them", False),
     "info": ("say what a model costs, and what fits this machine", False),
@@ -64,7 +65,7 @@ def split_settings(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def refuse_empty(args: argparse.Namespace) -> None:
     """Refuse an empty name, such as one from an unset variable: it would be the current folder."""
-    names = ("model", "models", "data", "text", "out", "html", "config", "calibrate")
+    names = ("model", "models", "data", "text", "out", "html", "config", "calibrate", "runs")
     for name in (*names, "draft", "json_schema", "regex"):
         value = getattr(args, name, None)
         if value == "" or (isinstance(value, list) and "" in value):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llm_from_scratch.core.errors import RunError, UserError
+from llm_from_scratch.generate.settings import SamplingSettings, make_settings
 from llm_from_scratch.text.chat import Message, encode_chat_prompt, stop_strings
 
 if TYPE_CHECKING:
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
 
     from llm_from_scratch.generate.requests import Writer
     from llm_from_scratch.generate.sampling import TokenLogprobs
-    from llm_from_scratch.generate.settings import SamplingSettings
-    from llm_from_scratch.generate.texts import Result, TextEngine
+    from llm_from_scratch.generate.texts import Piece, Result, TextEngine
     from llm_from_scratch.text.tokenizer import Tokenizer
 
 KEY_VARIABLE = "SCRATCHLM_API_KEY"
@@ -132,8 +132,6 @@ class Chat(ABC):
 
 def chat_settings(settings: dict[str, Any]) -> SamplingSettings:
     """The settings of one answer, checked."""
-    from llm_from_scratch.generate.generate import make_settings
-
     made = make_settings(**settings)
     if made.n != 1:
         raise UserError(
@@ -153,6 +151,25 @@ def numbered(error: UserError | RunError, index: int, count: int) -> UserError |
     return error if count == 1 else type(error)(f"Conversation {index + 1} of {count}: {error}")
 
 
+def can_converse(model: Writer, tokenizer: Tokenizer, template: str | None = None) -> bool:
+    """Whether a model can be asked for an answer: translators and their like cannot."""
+    from llm_from_scratch.model.encoder_decoder import EncoderDecoder
+
+    return not isinstance(model, EncoderDecoder) or bool(template or tokenizer.chat_template)
+
+
+def protocol_reason(finish_reason: str) -> str:
+    """Why a text ended, in the words of OpenAI's protocol: "stop" or "length"."""
+    return "stop" if finish_reason == "stop_string" else finish_reason
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """What one token adds to a text; the replacement character for a part of a character."""
+    if tokenizer.bytes_rule.exact:
+        return tokenizer.token_bytes(token).decode("utf-8", "replace")
+    return tokenizer.decode([token])
+
+
 class LocalChat(Chat):
     """A model on this machine. `template` takes the place of the model's own chat template: Jinja,
     or the name of one that is built in (text/chat_template.py). `options` are those of `Engine`."""
@@ -168,7 +185,7 @@ class LocalChat(Chat):
     ) -> None:
         from llm_from_scratch.model.encoder_decoder import EncoderDecoder
 
-        if isinstance(model, EncoderDecoder) and (template or tokenizer.chat_template) is None:
+        if not can_converse(model, tokenizer, template):
             raise UserError(
                 "This model makes one text of another, such as a translation, and holds no "
                 "conversation; give it the text with `scratchlm generate`, without --chat."
@@ -205,7 +222,7 @@ class LocalChat(Chat):
         def answer() -> Generator[ChatPiece, None, None]:
             said = ""
             with closing(pieces):
-                for piece in pieces:
+                while (piece := self._next(pieces)) is not None:
                     # Some templates leave the space after their header to the model.
                     text = piece.text if said else piece.text.lstrip()
                     said += text
@@ -214,6 +231,14 @@ class LocalChat(Chat):
                         yield ChatPiece(text, reply)
 
         return answer()
+
+    def _next(self, pieces: Iterator[Piece]) -> Piece | None:
+        """The next piece, or None behind the last."""
+        try:
+            return next(pieces, None)
+        except KeyboardInterrupt:  # somewhere in a step: nobody knows how far its books are kept
+            self._engine = None
+            raise
 
     def replies(self, conversations: Sequence[Sequence[Message]], **settings: Any) -> list[Reply]:
         from llm_from_scratch.generate.generate import complete
@@ -253,16 +278,15 @@ class LocalChat(Chat):
         found = result.logprobs
         return Reply(
             text=result.text.lstrip(),
-            finish_reason="stop" if result.finish_reason == "stop_string" else result.finish_reason,
+            finish_reason=protocol_reason(result.finish_reason),
             usage=Usage(result.prompt_tokens, len(result.tokens)),
             logprobs=None if found is None else tuple(map(self._logprob, found)),
             result=result,
         )
 
     def _logprob(self, found: TokenLogprobs) -> Logprob:
-        decode = self.written.decode
-        top = tuple((decode([token]), logprob) for token, logprob in found.top)
-        return Logprob(decode([found.token]), found.logprob, top)
+        top = tuple((token_text(self.written, token), logprob) for token, logprob in found.top)
+        return Logprob(token_text(self.written, found.token), found.logprob, top)
 
 
 def is_address(name: str) -> bool:

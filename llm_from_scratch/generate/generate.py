@@ -6,14 +6,13 @@ size that they need.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
-from llm_from_scratch.core.errors import UserError, nearest
+from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.generate.engine import room_for
 from llm_from_scratch.generate.requests import Writer
-from llm_from_scratch.generate.sampling import SamplingSettings
+from llm_from_scratch.generate.settings import SamplingSettings, make_settings
 from llm_from_scratch.generate.texts import Piece, Result, TextEngine
 from llm_from_scratch.model.encoder_decoder import EncoderDecoder
 from llm_from_scratch.text.inputs import put_around
@@ -31,18 +30,6 @@ __all__ = [
     "make_settings",
     "stream",
 ]
-
-
-def make_settings(**settings: Any) -> SamplingSettings:
-    """`SamplingSettings` from keyword arguments; an unknown one is named, with the nearest."""
-    known = [field.name for field in dataclasses.fields(SamplingSettings)]
-    for name in settings:
-        if name not in known:
-            raise UserError(
-                f"'{name}' is no sampling setting; there are {', '.join(known)}."
-                + nearest(name, known)
-            )
-    return SamplingSettings(**settings)
 
 
 def wants_bos(tokenizer: Tokenizer) -> bool:

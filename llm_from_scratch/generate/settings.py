@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from llm_from_scratch.core.errors import UserError, shown
+from llm_from_scratch.core.errors import UserError, nearest, shown
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,18 @@ def _bias(bias: Mapping[Any, Any]) -> dict[int, float]:
                 "must be from -100 (in effect never) to 100 (in effect always)."
             )
     return found
+
+
+def make_settings(**settings: Any) -> SamplingSettings:
+    """`SamplingSettings` from keyword arguments; an unknown one is named, with the nearest."""
+    known = [one.name for one in fields(SamplingSettings)]
+    for name in settings:
+        if name not in known:
+            raise UserError(
+                f"'{name}' is no sampling setting; there are {', '.join(known)}."
+                + nearest(name, known)
+            )
+    return SamplingSettings(**settings)
 
 
 def check_bias(settings: SamplingSettings, vocab_size: int) -> None:

@@ -17,8 +17,9 @@ from llm_from_scratch.generate.engine import Engine, requests_of
 from llm_from_scratch.generate.requests import NewToken, Request, Writer
 from llm_from_scratch.generate.sampling import SamplingSettings, TokenLogprobs
 from llm_from_scratch.model.encoder_decoder import EncoderDecoder
-from llm_from_scratch.text.stream import StreamDecoder
+from llm_from_scratch.text.stream import StreamDecoder, unsure_end
 from llm_from_scratch.text.tokenizer import Tokenizer
+from llm_from_scratch.text.tools import MARKS
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,18 @@ class Piece:
     """More text for a request; `result` comes with its last piece, whose text may be empty.
 
     `row` is the number of the request or the place of the prompt, `choice` counts its texts.
+    `tokens` (and their `logprobs`, where they were asked for) are those written since the piece
+    before, also where their text is still held back: those of all pieces are the result's.
+    `prompt_logprobs` comes with the first piece of the first text, where it was asked for.
     """
 
     row: int
     text: str
     result: Result | None = None
     choice: int = 0
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class StopBuffer:
@@ -76,18 +83,10 @@ class StopBuffer:
             self.stopped = True
             shown, self.held = self.held[: min(found)], ""
             return shown
-        keep = 0 if last else self._unsure()
+        keep = 0 if last else unsure_end(self.held, self.stop)
         cut = len(self.held) - keep
         shown, self.held = self.held[:cut], self.held[cut:]
         return shown
-
-    def _unsure(self) -> int:
-        """The length of the longest end of the text with which some stop string begins."""
-        longest = max((len(stop) for stop in self.stop), default=1) - 1
-        for size in range(min(longest, len(self.held)), 0, -1):
-            if any(stop.startswith(self.held[-size:]) for stop in self.stop):
-                return size
-        return 0
 
 
 class _Text:
@@ -105,15 +104,19 @@ class _Text:
         self.text = ""
         self.began = time.perf_counter()
         self.first: float | None = None
+        self.told = 0  # how many tokens went out with pieces
+        self.told_prompt = False
         self.decoder = StreamDecoder(tokenizer, skip_special=True)
+        # A call of a tool would not be seen without the control token with which it begins.
+        self.decoder.hidden -= {tokenizer.special_tokens.get(mark) for mark in MARKS}
         self.buffer = StopBuffer(settings.stop)
         # Some vocabularies drop the space in front of a text's first token. The continuation is
         # no first token, so the decoder is shown where it continues from.
         if tokenizer.bytes_rule.exact and before not in self.decoder.hidden:
             self.decoder.push(before)
 
-    def push(self, new: NewToken) -> Piece:
-        """Take in one token; the piece has a result where the text ends with it."""
+    def push(self, new: NewToken) -> Piece | None:
+        """Take in one token; what may be shown now, with a result where the text ends with it."""
         if self.first is None:
             self.first = time.perf_counter() - self.began
         self.prompt_logprobs = new.prompt_logprobs or self.prompt_logprobs
@@ -129,8 +132,28 @@ class _Text:
         if self.buffer.stopped:
             reason = "stop_string"
         self.text += text
-        result = None if reason is None else self._result(reason, new.choice)
-        return Piece(new.request, text, result, new.choice)
+        if reason is None:
+            return self._piece(new, text, None) if text else None
+        return self._piece(new, text, self._result(reason, new.choice))
+
+    def cut(self, request: int, choice: int) -> Piece:
+        """End the text here, with what it has."""
+        text = self.buffer.push(self.decoder.flush(), last=True)
+        self.text += text
+        return self._piece(NewToken(request, choice, 0), text, self._result("length", choice))
+
+    def _piece(self, new: NewToken, text: str, result: Result | None) -> Piece:
+        piece = Piece(
+            row=new.request,
+            text=text,
+            result=result,
+            choice=new.choice,
+            tokens=tuple(self.tokens[self.told :]),
+            logprobs=tuple((self.logprobs or [])[self.told :]),
+            prompt_logprobs=None if self.told_prompt else self.prompt_logprobs,
+        )
+        self.told, self.told_prompt = len(self.tokens), True
+        return piece
 
     def _result(self, reason: str, choice: int) -> Result:
         seconds = time.perf_counter() - self.began
@@ -193,6 +216,12 @@ class TextEngine:
         self._texts.pop(number, None)
         self._held.pop(number, None)
 
+    def end(self, number: int) -> list[Piece]:
+        """Stop writing, and keep what there is: the last piece of each unfinished text."""
+        pieces = [text.cut(number, choice) for choice, text in self._texts.get(number, {}).items()]
+        self.cancel(number)
+        return pieces
+
     def stream(
         self, prompts: Sequence[Sequence[int]], settings: SamplingSettings
     ) -> Generator[Piece, None, None]:
@@ -239,14 +268,15 @@ class TextEngine:
             if text is None:  # it met its stop string, and this token came in the same step
                 continue
             piece = text.push(new)
+            if piece is None:
+                continue
+            pieces.append(piece)
             if piece.result is not None:
                 if new.finish_reason is None:
                     self.engine.cancel(new.request, new.choice)
                 del texts[new.choice]
                 if not texts:
                     del self._texts[new.request]
-            if piece.text or piece.result is not None:
-                pieces.append(piece)
         for number in self._texts.keys() - self.engine.runs.keys():
             del self._texts[number]  # beams found fewer texts than were asked for
         return pieces

@@ -226,6 +226,12 @@ def encode_inputs(
     )
 
 
+def with_special(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """The ids of one text with the special tokens that belong around it."""
+    parts = parts_of(_processor(tokenizer), pair=False)
+    return assemble([list(ids)], None, parts, max_length=None, pad_id=None).ids[0]
+
+
 def put_around(tokenizer: Tokenizer) -> tuple[bool, bool]:
     """Whether the bos token is put before a text, and the eos token behind it."""
     parts = [what for what, _ in parts_of(tokenizer.rules.get("post_processor"), pair=False)]

@@ -8,6 +8,7 @@ wait until their character is complete.
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 
 from llm_from_scratch.text.tokenizer import Tokenizer
 
@@ -73,3 +74,13 @@ class StreamDecoder:
         new = safe[len(self._shown) :]
         self._shown = safe
         return new
+
+
+def unsure_end(text: str, marks: Sequence[str]) -> int:
+    """The length of the longest end of `text` with which one of the marks begins: what must be
+    held back while it could still become that mark."""
+    longest = max((len(mark) for mark in marks), default=1) - 1
+    for size in range(min(longest, len(text)), 0, -1):
+        if any(mark.startswith(text[-size:]) for mark in marks):
+            return size
+    return 0

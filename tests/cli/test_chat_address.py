@@ -7,6 +7,9 @@ import json
 from collections.abc import Iterator
 
 import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
 from llm_from_scratch.cli.main import run
 from llm_from_scratch.core.errors import RunError, UserError
@@ -82,17 +85,11 @@ def test_who_sits_at_the_terminal_may_ask_again(
         def isatty(self) -> bool:
             return True
 
-    lines = ["Hello", "Hello"]
-
-    def typed(_: str) -> str:
-        if not lines:
-            raise EOFError
-        return lines.pop()
-
     stub.add(as_json({}, 500), told("Here I am."))
     monkeypatch.setattr("sys.stdin", Terminal())
-    monkeypatch.setattr("builtins.input", typed)
-    assert run(["chat", stub.address, "--model", "tiny"]) == 0
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text("Hello\rHello\r\x04")
+        assert run(["chat", stub.address, "--model", "tiny", "--no_history"]) == 0
     captured = capsys.readouterr()
     assert "failed (500)" in captured.err
     assert "Here I am." in captured.out

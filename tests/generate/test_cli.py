@@ -276,7 +276,7 @@ def test_commands(
     assert chat(monkeypatch, chat_folder, lines) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    for said in ("/reset   begin", "with this system", "(no system", "(new conv", "Did you mean"):
+    for said in ("/reset  ", "with this system", "(no system", "(new conv", "Did you mean"):
         assert said in captured.err
 
 
@@ -286,7 +286,7 @@ def test_what_does_not_fit_is_said_and_the_talk_goes_on(
     assert chat(monkeypatch, chat_folder, "x" * 500 + "\nhello\n" * 9) == 0
     captured = capsys.readouterr()
     assert "The message has" in captured.err
-    assert "oldest messages were dropped" in captured.err
+    assert "oldest messages are left out" in captured.err
     assert captured.out
 
 

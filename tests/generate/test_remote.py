@@ -503,7 +503,7 @@ def test_no_proxy_stands_between_this_machine_and_itself(
 
 def test_a_conversation_forgets_what_the_server_cannot_hold(chat: RemoteChat, stub: Stub) -> None:
     full = as_json({"error": {"message": "too long", "code": "context_length_exceeded"}}, 400)
-    stub.add(told("one"), told("two"), full, told("three"), full, full, full)
+    stub.add(told("one"), told("two"), full, told("three"), full, full, full, told("four"))
     conversation = Conversation(chat, SamplingSettings(seed=4), system="S")
     for question, answer in (("a", "one"), ("b", "two"), ("c", "three")):
         assert "".join(conversation.ask(question)) == answer
@@ -515,7 +515,10 @@ def test_a_conversation_forgets_what_the_server_cannot_hold(chat: RemoteChat, st
     with pytest.raises(UserError, match="do not fit"):
         list(conversation.ask("d" * 99))
     assert conversation.messages == before
-    assert len(stub.requests) == 7
+    assert conversation.forgotten == 2  # and not more for a message that fits nowhere
+    assert "".join(conversation.ask("d")) == "four"
+    sent = [m["content"] for m in stub.requests[-1].body["messages"]]
+    assert sent == ["S", "b", "two", "c", "three", "d"]
 
 
 def test_what_came_before_a_break_is_kept(chat: RemoteChat, stub: Stub) -> None:

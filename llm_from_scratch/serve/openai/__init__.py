@@ -1,0 +1,1 @@
+"""OpenAI's protocol, the server's side: https://platform.openai.com/docs/api-reference."""
