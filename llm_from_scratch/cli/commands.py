@@ -157,7 +157,7 @@ class Commands:
     def _history(self, rest: str) -> None:
         conversation, number = self.conversation, 0
         if conversation.system:
-            note(f"   system: {conversation.system}")
+            note("   system: " + conversation.system.replace("\n", "\n    "))
         if not conversation.messages:
             note("(Nothing has been said yet.)")
         for message in conversation.messages:
@@ -165,7 +165,8 @@ class Commands:
             if message["role"] == "user":
                 number += 1
                 mark = f"{number}>"
-            note(f"{mark:>3} {message['content'] or ''}")
+            text = (message["content"] or "").replace("\n", "\n    ")
+            note(f"{mark:>3} {text}")
 
     def _system(self, rest: str) -> None:
         self.conversation.system = rest or None
@@ -248,7 +249,8 @@ class Commands:
         found = read_conversations(path)
         number = number or len(found)
         if number > len(found):
-            raise UserError(f"{path} has {len(found)} conversations; there is no number {number}.")
+            has = "one conversation" if len(found) == 1 else f"{len(found)} conversations"
+            raise UserError(f"{path} has {has}; there is no number {number}.")
         self.conversation.load(found[number - 1])
         messages = self.conversation.messages
         note(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ spaces or commas.
 
 KEYS = "SCRATCHLM_API_KEYS"
 RUNS = Path("runs")
+ORIGIN = re.compile(r"https?://(\[[0-9a-fA-F:]+\]|[\w.-]+)(:\d+)?")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -156,6 +158,12 @@ def run(args: argparse.Namespace) -> int:
     keys, runs = keys_of(args), runs_of(args)
     if not 0 <= args.port <= 65535:
         raise UserError(f"--port is {args.port}; it must be from 1 to 65535, or 0 for any.")
+    for origin in args.allow_origin:
+        if not ORIGIN.fullmatch(origin):
+            raise UserError(
+                f"--allow_origin is {shown(origin)}; an origin is a scheme and a host, with a port "
+                "where it is unusual, such as https://example.org or http://localhost:5173."
+            )
     if not 0 <= args.grace < float("inf"):
         raise UserError(f"--grace is {args.grace}; it must be 0 or more seconds.")
     name_models(args.models)
@@ -273,6 +281,8 @@ def read_small(path: Path, flag: str) -> str:
 def keys_of(args: argparse.Namespace) -> tuple[str, ...]:
     """The keys of the file and of the environment; none where there are neither."""
     keys = os.environ.get(KEYS, "").replace(",", " ").split()
+    if not keys and KEYS in os.environ and args.api_keys is None:  # a secret that was lost
+        raise UserError(f"{KEYS} is set and has no key; write one there, or unset it.")
     if args.api_keys is not None:
         path = Path(args.api_keys).expanduser()
         try:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from llm_from_scratch.core.errors import UserError, shown
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
 
 # What limits an answer's length: the name that every server knows, and OpenAI's newer one.
 LENGTHS = ("max_tokens", "max_completion_tokens")
-# Sent only where they differ from what changes nothing. The last three are not OpenAI's own, but
-# vLLM, SGLang, llama.cpp and others know them.
+# Sent only where they differ from what changes nothing. Those from top_k on are not OpenAI's own.
+# vLLM, SGLang, llama.cpp and others know some of them, `scratchlm serve` all.
 UNCHANGING = {
     "top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": {},
     "seed": None, "stop": (), "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+    "no_repeat_ngram": 0, "regex": None, "choice": (),
 }  # fmt: skip
 # Said in other words. What else a request may ask of our own engine, no server understands.
 REWORDED = ("max_new_tokens", "temperature", "logprobs", "json_schema")
@@ -60,7 +62,7 @@ def request_body(
     for name, unchanging in UNCHANGING.items():
         value = getattr(settings, name)
         if value != unchanging:
-            body[name] = list(value) if name == "stop" else value
+            body[name] = list(value) if isinstance(value, tuple) else value
     if settings.logprobs is not None:
         body["logprobs"] = True
         body["top_logprobs"] = settings.logprobs
@@ -83,6 +85,21 @@ def _schema(schema: Any) -> Any:
 
 
 # ------------------------------------------------------------------------- answers
+
+
+def check_form(settings: SamplingSettings, reply: Reply) -> None:
+    """A server that does not know `regex` or `choice` may ignore them, but not unnoticed."""
+    if reply.finish_reason != "stop" or settings.stop:  # what was cut has no form
+        return
+    text = reply.text.strip()
+    kept = not settings.choice or text in [one.strip() for one in settings.choice]
+    if settings.regex is not None:
+        with suppress(re.error):  # a pattern that only the server's engine understands
+            pattern = re.compile(settings.regex)
+            kept = any(pattern.fullmatch(f"{space}{reply.text}") for space in ("", " ", "\n"))
+    if not kept:
+        name = "choice" if settings.choice else "regex"
+        raise BrokenAnswer(f"the server takes no notice of {name}: it answers {shown(text)}")
 
 
 def parse(data: bytes | str) -> dict[str, Any]:

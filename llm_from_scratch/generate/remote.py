@@ -34,11 +34,13 @@ from llm_from_scratch.generate.protocol import (
     TOO_LONG,
     BrokenAnswer,
     Growing,
+    check_form,
     error_in,
     parse,
     request_body,
     whole_reply,
 )
+from llm_from_scratch.generate.settings import SamplingSettings
 from llm_from_scratch.text.chat import Message
 from llm_from_scratch.weights.catalogue import to_stderr
 
@@ -127,23 +129,32 @@ class RemoteChat(Chat):
         some = ", ".join(map(self._shown, found[:8])) + (", ..." if len(found) > 8 else "")
         raise UserError(
             f"{self.address} has {len(found) or 'no'} models"
-            + (f" ({some}); say which one (model)." if found else "; load one there first.")
+            + (
+                f" ({some}); say which one: --model NAME, or model= in Python."
+                if found
+                else "; load one there first."
+            )
         )
 
     def stream(
         self, messages: Sequence[Message], **settings: Any
     ) -> Generator[ChatPiece, None, None]:
-        body = request_body(self.name, messages, chat_settings(settings), stream=True)
+        made = chat_settings(settings)
+        body = request_body(self.name, messages, made, stream=True)
 
         def pieces() -> Generator[ChatPiece, None, None]:
             with closing(self._send("POST", "/chat/completions", body)) as response:
                 kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
                 if kind != "text/event-stream":  # a server that does not stream
                     reply = whole_reply(parse(self._body_of(response)))
+                    check_form(made, reply)
                     yield ChatPiece(reply.text, reply)
                     return
                 with self._listening():
-                    yield from self._events(response)
+                    for piece in self._events(response):
+                        if piece.reply is not None:
+                            check_form(made, piece.reply)
+                        yield piece
 
         return self._explained(pieces())
 
@@ -159,10 +170,10 @@ class RemoteChat(Chat):
                 body["seed"] = made.seed + index
             bodies.append(body)
         if len(bodies) == 1:
-            return [self._whole(bodies[0])]
+            return [self._whole(bodies[0], made)]
         pool = ThreadPoolExecutor(max_workers=self.concurrency)
         try:
-            waiting = [pool.submit(self._whole, body) for body in bodies]
+            waiting = [pool.submit(self._whole, body, made) for body in bodies]
             replies = []
             for index, future in enumerate(waiting):
                 try:
@@ -175,12 +186,14 @@ class RemoteChat(Chat):
 
     # --------------------------------------------------------------------- requests
 
-    def _whole(self, body: dict[str, Any]) -> Reply:
+    def _whole(self, body: dict[str, Any], settings: SamplingSettings) -> Reply:
         with (
             self._explaining(),
             closing(self._send("POST", "/chat/completions", body)) as response,
         ):
-            return whole_reply(parse(self._body_of(response)))
+            reply = whole_reply(parse(self._body_of(response)))
+            check_form(settings, reply)
+            return reply
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
         """A response that says yes and waits to be read, or the error as a sentence."""

@@ -193,8 +193,9 @@ class Chooser:
         self._bias: tuple[Tensor, Tensor] | None = None
         self._followers: dict[tuple[int, ...], tuple[int, ...]] = {}
         if settings.no_repeat_ngram:
-            for end in range(1, len(self._prompt) + 1):
-                self._remember(self._prompt[max(0, end - settings.no_repeat_ngram) : end])
+            size = settings.no_repeat_ngram
+            for end in range(size, len(self._prompt) + 1):
+                self._remember(self._prompt[end - size : end])
 
     @torch.inference_mode()
     def distribution(self, logits_v: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from llm_from_scratch.text.stream import StreamDecoder, unsure_end
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.text.tools import MARKS
 
+LONGEST_CHARACTER = 4  # bytes of UTF-8, and so the most tokens that it can be made of
+
 
 @dataclass(frozen=True)
 class Result:
@@ -90,10 +92,15 @@ class StopBuffer:
 
 
 class _Text:
-    """One text as it grows. `before` is the token that stands in front of it."""
+    """One text as it grows. `before` are the tokens that stand in front of it, as far back as a
+    character reaches."""
 
     def __init__(
-        self, tokenizer: Tokenizer, request: Request, before: int, stop_ids: Collection[int]
+        self,
+        tokenizer: Tokenizer,
+        request: Request,
+        before: Sequence[int],
+        stop_ids: Collection[int],
     ) -> None:
         settings = request.settings
         self.prompt_tokens = len(request.prompt)
@@ -111,9 +118,11 @@ class _Text:
         self.decoder.hidden -= {tokenizer.special_tokens.get(mark) for mark in MARKS}
         self.buffer = StopBuffer(settings.stop)
         # Some vocabularies drop the space in front of a text's first token. The continuation is
-        # no first token, so the decoder is shown where it continues from.
-        if tokenizer.bytes_rule.exact and before not in self.decoder.hidden:
-            self.decoder.push(before)
+        # no first token, and a prompt of ids may end inside a character, so the decoder is shown
+        # where it continues from.
+        if tokenizer.bytes_rule.exact and before[-1] not in self.decoder.hidden:
+            for token in before:
+                self.decoder.push(token)
 
     def push(self, new: NewToken) -> Piece | None:
         """Take in one token; what may be shown now, with a result where the text ends with it."""
@@ -195,15 +204,15 @@ class TextEngine:
 
     def submit(self, prompt: Sequence[int], settings: SamplingSettings) -> int:
         """Put a request into the queue; its number. Raises `UserError` for an impossible one."""
-        before = prompt[-1] if self.pair is None and prompt else None
-        if self.pair is not None:
-            before = self.pair.start_id
+        before = prompt[-LONGEST_CHARACTER:] if self.pair is None else [self.pair.start_id]
         constraint = make_constraint(
-            settings, self.written, stop_ids=self.stop_ids, previous=before
+            settings,
+            self.written,
+            stop_ids=self.stop_ids,
+            previous=before[-1] if before else None,
         )
         request = Request(prompt, settings, self.stop_ids, constraint)
         number = self.engine.submit(request)
-        assert before is not None  # or the prompt would have been refused
         self._texts[number] = {
             choice: _Text(self.written, request, before, self.stop_ids)
             for choice in range(settings.n)

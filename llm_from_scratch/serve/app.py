@@ -65,7 +65,7 @@ def make_app(service: Service) -> FastAPI:
             CORSMiddleware,
             allow_origins=service.origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["*"],  # OpenAI's client in a browser sends many of its own
         )
     app.add_middleware(Watchman, service=service)
     return app

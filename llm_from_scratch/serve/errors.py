@@ -91,7 +91,12 @@ def _of_http(error: HTTPException) -> ApiError:
 
 
 def _of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    first = errors[0] if errors else {"loc": (), "msg": "the request cannot be read"}
+    first: Mapping[str, Any] = (
+        errors[0] if errors else {"loc": (), "msg": "the request cannot be read"}
+    )
+    if first.get("type") == "json_invalid":
+        reason, place = first["ctx"]["error"], first["loc"][-1]
+        return ApiError(400, f"The body is not JSON: {reason} (character {place}).")
     place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
     reason = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
     message = f"{place}: {reason}." if place else f"{reason}."

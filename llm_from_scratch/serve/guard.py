@@ -174,6 +174,8 @@ def host_of(header: str) -> str:
     """The name in a header Host, without its port."""
     if header.startswith("["):
         return header[1:].partition("]")[0].lower()
+    if header.count(":") > 1:  # an IPv6 address as people write it, without a port
+        return header.lower()
     return header.partition(":")[0].lower().rstrip(".")
 
 

@@ -47,12 +47,11 @@ def test_lines_are_answered_by_the_server(
     assert "seed" not in body
 
 
-def test_what_no_server_can_be_asked_is_refused_at_once(
-    stub: Stub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(UserError, match="regex is nothing that can be asked of a server"):
+def test_a_form_is_asked_for_and_looked_at(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub.add(told("bb"))
+    with pytest.raises(RunError, match="takes no notice of regex: it answers 'bb'"):
         chat(monkeypatch, "Hello\n", stub.address, "--model", "tiny", "--regex", "a+")
-    assert not stub.requests
+    assert stub.requests[0].body["regex"] == "a+"
 
 
 def test_json_and_what_is_told_there(

@@ -46,9 +46,10 @@ def test_help_names_every_command(said: Any) -> None:
 
 
 def test_regenerate_and_edit(stub: Stub, said: Any) -> None:
-    stub.add(*map(told, ["a", "b", "c", "d"]))
+    stub.add(*map(told, ["a", "b", "c", "d\ne"]))
     lines = ["one", "two", "/edit 1 ONE and all", "/regenerate", "/history"]
-    assert said(*lines, flags=("--seed", "7", "--temperature", "1")) == " 1> ONE and all\n    d\n"
+    shown = " 1> ONE and all\n    d\n    e\n"  # every line of a message stands under its first
+    assert said(*lines, flags=("--seed", "7", "--temperature", "1")) == shown
     bodies = [request.body for request in stub.requests]
     assert [[m["content"] for m in body["messages"]] for body in bodies] == [
         ["one"], ["one", "a", "two"], ["ONE and all"], ["ONE and all"],
@@ -96,7 +97,7 @@ def test_what_cannot_be_done_is_said_and_the_talk_goes_on(stub: Stub, said: Any)
 
 
 def test_settings_are_changed_and_told(stub: Stub, said: Any) -> None:
-    stub.add(told("a"), told("b"))
+    stub.add(told("a"), told("aa"))
     found = said(
         "/set temperature 0.7", "/set --top-p .9", "/set stop \\n 'The end' x", "/set seed 4",
         "/set logit_bias 5=-2 6=1.5", "/set json_schema {}", "one",
@@ -105,13 +106,12 @@ def test_settings_are_changed_and_told(stub: Stub, said: Any) -> None:
         flags=("--temperature", "0.25"),
     )  # fmt: skip
     lines = [line.split(None, 1) for line in found.splitlines()]
-    assert lines[:-1] == [
+    assert lines == [
         ["temperature", "0.7"], ["top_p", "0.9"], ["stop", r"'\n' 'The end' 'x'"], ["seed", "4"],
         ["logit_bias", "5=-2 6=1.5"], ["json_schema", "{}"], ["temperature", "0.25"],
         ["stop", "none"], ["seed", "none"], ["json_schema", "none"], ["logit_bias", "none"],
-        ["max_new_tokens", "512"],
+        ["max_new_tokens", "512"], ["regex", "a+"],
     ]  # fmt: skip
-    assert found.splitlines()[-1].startswith("(regex is nothing that can be asked of a server")
     first, second = (request.body for request in stub.requests)
     assert (first["temperature"], first["top_p"], first["seed"]) == (0.7, 0.9, 4)
     assert first["stop"] == ["\n", "The end", "x"]

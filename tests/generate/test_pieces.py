@@ -49,6 +49,18 @@ def test_all_pieces_together_are_the_result(settings: dict[str, Any], tokenizer:
                 assert (result.prompt_logprobs is None) == ("prompt_logprobs" not in settings)
 
 
+@pytest.mark.parametrize("cut", [1, 2, 3, 4, 5, 6])
+def test_a_prompt_may_end_inside_a_character(cut: int) -> None:
+    """The first text is the character that the prompt began, and no U+FFFD."""
+    bare = train_tokenizer(["ab"], vocab_size=257)
+    ids = bare.encode("a🙂王")
+    model = Scripted(make_model(vocab_size=bare.vocab_size).config, ids[cut:])
+    engine = TextEngine(model, bare, cache_tokens=512)
+    settings = make_settings(max_new_tokens=len(ids) - cut, temperature=0.0)
+    text = "".join(piece.text for piece in engine.stream([ids[:cut]], settings))
+    assert len(ids) == 8 and text == ("🙂王" if cut < 5 else "王")
+
+
 def test_the_marks_of_tool_calls_are_shown() -> None:
     """Control tokens are no text, but without these nobody could tell a call from an answer."""
     special = ["<|endoftext|>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|im_end|>"]

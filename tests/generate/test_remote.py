@@ -101,8 +101,7 @@ def test_every_setting_has_its_name_in_the_protocol(chat: RemoteChat, stub: Stub
 @pytest.mark.parametrize(
     "setting",
     [
-        {"no_repeat_ngram": 3}, {"prompt_logprobs": 0}, {"regex": "a"}, {"choice": ["a"]},
-        {"num_beams": 2, "temperature": 0.0},
+        {"prompt_logprobs": 0}, {"num_beams": 2, "temperature": 0.0},
     ],
 )  # fmt: skip
 def test_what_a_server_cannot_be_asked_is_refused(
@@ -115,6 +114,28 @@ def test_what_a_server_cannot_be_asked_is_refused(
     with pytest.raises(UserError, match=r"^Conversation 2 of 2: Message 1"):
         chat.replies([HELLO, [{"role": "user"}]])
     assert stub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "good"),
+    [({"choice": ["yes", " no"]}, "no"), ({"regex": r"\d+"}, "42"), ({"regex": r"\p{L}"}, "?")],
+)
+def test_a_form_that_a_server_ignores_is_noticed(
+    chat: RemoteChat, stub: Stub, setting: dict[str, Any], good: str
+) -> None:
+    """Not every server knows these settings; what they then answer is an error."""
+    stub.add(reply(good), reply("maybe", finish_reason="length"))
+    assert chat.reply(HELLO, **setting).text == good
+    assert chat.reply(HELLO, **setting).text == "maybe"
+    name, value = next(iter(setting.items()))
+    assert stub.requests[0].body[name] == value
+    if good == "?":  # a pattern of another dialect cannot be looked at here
+        return
+    stub.add(reply("maybe"), reply("maybe"))
+    with pytest.raises(RunError, match=f"no notice of {name}: it answers 'maybe'"):
+        chat.reply(HELLO, **setting)
+    with pytest.raises(RunError, match=f"no notice of {name}"):
+        list(chat.stream(HELLO, **setting))
 
 
 def test_the_newer_name_of_the_limit(chat: RemoteChat, stub: Stub) -> None:

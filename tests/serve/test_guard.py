@@ -83,6 +83,7 @@ def test_unknown_addresses_and_methods(bare: Callable[..., Service], start: Star
         ("[::1]", "::1"),
         ("localhost.:80", "localhost"),
         ("evil.example:8000", "evil.example"),
+        ("2001:DB8::1", "2001:db8::1"),  # as in --allowed_hosts
         ("", ""),
     ],
 )
@@ -163,7 +164,7 @@ def test_other_pages_may_ask_only_if_they_were_named(
     address = start(bare(origins=("https://good.example",), keys=("secret",))).address
     asks = {
         "Access-Control-Request-Method": "POST",
-        "Access-Control-Request-Headers": "authorization",
+        "Access-Control-Request-Headers": "authorization, content-type, x-stainless-lang",
     }
     for origin, allowed in (("https://good.example", True), ("https://evil.example", False)):
         answer = httpx2.options(f"{address}/v1/x", headers={"Origin": origin, **asks})

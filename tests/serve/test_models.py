@@ -228,7 +228,11 @@ def test_keys_come_from_a_file_and_the_environment(
     file.write_text("\ufeffone\n  two  \n# not this\n\n", encoding="utf-8")
     monkeypatch.setenv(serve.KEYS, "three, four\n")
     assert serve.keys_of(arguments("m", "--api_keys", str(file))) == ("three", "four", "one", "two")
-    monkeypatch.setenv(serve.KEYS, "")
+    for lost in ("", " ,"):  # a server without keys because a secret was lost would be open
+        monkeypatch.setenv(serve.KEYS, lost)
+        with pytest.raises(UserError, match="is set and has no key"):
+            serve.keys_of(arguments("m"))
+    monkeypatch.delenv(serve.KEYS)
     assert serve.keys_of(arguments("m")) == ()
     for text, said in (("# none\n", "has no key"), ("kéy\n", "API key 1"), ("a b\n", "API key 1")):
         file.write_text(text, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,8 @@ from llm_from_scratch.generate.chat import can_converse
 from llm_from_scratch.generate.settings import SamplingSettings
 from llm_from_scratch.serve.errors import ApiError
 from llm_from_scratch.serve.models import ServedModel
-from llm_from_scratch.serve.openai.chat_schema import ChatRequest, Tool, plain
-from llm_from_scratch.serve.openai.settings import naming, settings_of
+from llm_from_scratch.serve.openai.chat_schema import MOST_TOOLS, ChatRequest, Tool, plain
+from llm_from_scratch.serve.openai.settings import LARGEST_FORM, check_size, naming, settings_of
 from llm_from_scratch.text.chat import stop_strings, template_of
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.text.tool_calls import ToolReader
@@ -64,6 +65,9 @@ def plan_of(served: ServedModel, body: ChatRequest, most: int) -> Plan:
         form = {"json_schema": call_schema(told, box.form)}
     elif body.response_format is not None and body.response_format.type != "text":
         form = {"json_schema": _schema(body)}
+    if form:
+        size = len(json.dumps(form["json_schema"]))
+        check_size("tools" if must else "response_format", "characters", size, LARGEST_FORM)
     with naming("messages"):
         prompt = encode_tool_prompt(tokenizer, plain(body.messages), told, template=template)
     if must:
@@ -122,6 +126,7 @@ def _schema(body: ChatRequest) -> Mapping[str, Any]:
 def _chosen_tools(body: ChatRequest) -> tuple[list[Tool], bool]:
     """The functions that may be called, and whether one must be."""
     tools = body.tools or []
+    check_size("tools", "entries", len(tools), MOST_TOOLS)
     names = [tool.function.name for tool in tools]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

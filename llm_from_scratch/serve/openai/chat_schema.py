@@ -21,6 +21,7 @@ from llm_from_scratch.serve.openai.fields import (
 )
 from llm_from_scratch.text.chat import check_messages
 
+MOST_MESSAGES, MOST_TOOLS = 2048, 128  # as at OpenAI
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
@@ -58,6 +59,11 @@ class Message(Open):
 
 def _check(messages: Any) -> Any:
     """Say in a sentence which message is wrong; what is left is for the types to find."""
+    if isinstance(messages, list) and len(messages) > MOST_MESSAGES:
+        raise ApiError(
+            400, f"There are {len(messages)} messages; at most {MOST_MESSAGES} can be sent.",
+            param="messages",
+        )  # fmt: skip
     try:
         check_messages(messages)
     except UserError as error:
@@ -66,7 +72,9 @@ def _check(messages: Any) -> Any:
 
 
 Messages = Annotated[
-    list[Message], BeforeValidator(_check), Field(min_length=1, description="The conversation.")
+    list[Message],
+    BeforeValidator(_check),
+    Field(min_length=1, description=f"The conversation: up to {MOST_MESSAGES} messages."),
 ]
 CHOICE = {
     "anyOf": [
@@ -185,7 +193,7 @@ class ChatRequest(Writing):
         None, ge=0, le=MOST_TOP, description="Of how many of the likeliest in its place, too."
     )
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = Field(None, max_length=128)
+    tools: list[Tool] | None = Field(None, description=f"Up to {MOST_TOOLS}.")
     tool_choice: Annotated[
         Any, described(CHOICE, "Whether a function is called: as the model likes, never, always.")
     ] = None

@@ -30,6 +30,7 @@ from llm_from_scratch.serve.openai.logprobs import Offsets, completion_logprobs
 from llm_from_scratch.serve.openai.schemas import Completion, CompletionRequest
 from llm_from_scratch.serve.openai.settings import naming, settings_of
 from llm_from_scratch.serve.service import Service
+from llm_from_scratch.text.stream import StreamDecoder
 from llm_from_scratch.text.tokenizer import Tokenizer
 
 
@@ -88,7 +89,7 @@ def plan_of(served: ServedModel, body: CompletionRequest, most: int) -> Plan:
     )
     texts = []
     if echo:
-        texts = [row if isinstance(row, str) else tokenizer.decode(row) for row in rows]
+        texts = [row if isinstance(row, str) else _shown(tokenizer, row, silent) for row in rows]
     return Plan(
         served=served,
         prompts=prompts,
@@ -99,6 +100,14 @@ def plan_of(served: ServedModel, body: CompletionRequest, most: int) -> Plan:
         with_ids=bool(body.return_token_ids),
         written=tokenizer.target if pair else tokenizer,
     )
+
+
+def _shown(tokenizer: Tokenizer, ids: list[int], whole: bool) -> str:
+    """The text of a prompt of ids. A character that it only begins comes with the new text; where
+    none follows (`whole`), it is U+FFFD."""
+    decoder = StreamDecoder(tokenizer)
+    text = "".join(map(decoder.push, ids))
+    return text if tokenizer.bytes_rule.exact and not whole else tokenizer.decode(ids)
 
 
 class _Text:

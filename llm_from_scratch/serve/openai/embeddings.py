@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -118,9 +119,18 @@ def router(service: Service) -> APIRouter:
         size = served.model.stack.d_model
         cut(np.zeros((1, size)), body.dimensions)  # refused before anything is computed
         vectors = np.zeros((len(rows), size), dtype="<f4")
-        for places in batches(rows):
-            job = partial(embed, served, [rows[place] for place in places])
-            vectors[places] = await service.worker.do(job)
+        try:
+            async with asyncio.timeout(service.limits.max_seconds):
+                for places in batches(rows):
+                    job = partial(embed, served, [rows[place] for place in places])
+                    vectors[places] = await service.worker.do(job)
+        except TimeoutError as error:
+            raise ApiError(
+                503,
+                f"The texts took longer than {service.limits.max_seconds} seconds, the limit of "
+                "this server; send fewer at a time.",
+                code="timeout",
+            ) from error
         vectors = cut(vectors, body.dimensions)
         return answer(
             {

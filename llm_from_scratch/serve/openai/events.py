@@ -20,10 +20,14 @@ log = logging.getLogger("scratchlm.serve")
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
+# Line ends to Python's splitlines(), by which many clients read events, but not to JSON.
+LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+
+
 def to_json(value: Any) -> bytes:
-    """Compact JSON; what clean() let through can always be written."""
+    """Compact JSON in one line; what clean() let through can always be written."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.encode()
+    return (text if text.isascii() else text.translate(LINE_ENDS)).encode()
 
 
 def answer(value: Any) -> Response:

@@ -14,6 +14,7 @@ from llm_from_scratch.text.tokenizer import without_surrogates
 
 DEEPEST = 64  # levels of JSON in a body: more than any schema needs, less than Python can walk
 MOST_TOP = 20  # alternatives for each token
+LONGEST_NGRAM = 256  # tokens; all n-grams of a text are kept in memory
 LARGEST = 2**63 - 1
 
 
@@ -162,7 +163,7 @@ class Writing(Body):
     top_k: int | None = Field(None, ge=0, le=LARGEST)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    no_repeat_ngram: int | None = Field(None, ge=0, le=LARGEST)
+    no_repeat_ngram: int | None = Field(None, ge=0, le=LONGEST_NGRAM)
     regex: str | None = Field(None, description="A pattern that the whole answer matches.")
     choice: list[str] | None = Field(
         None, min_length=1, description="The answer is one of these texts."

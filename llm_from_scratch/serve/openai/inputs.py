@@ -9,14 +9,15 @@ from llm_from_scratch.serve.errors import ApiError
 from llm_from_scratch.serve.openai.fields import TEXTS, TOKENS, described
 
 MOST = 2048  # texts in one request, as at OpenAI
+KINDS = f"A text or token ids, or up to {MOST} of them."
 
 
 def input_schema(text: str, *, nullable: bool) -> Any:
     """How such a field is described."""
-    rows = {"type": "array", "items": {**TOKENS, "minItems": 1}, "minItems": 1, "maxItems": MOST}
+    rows = {"type": "array", "items": {**TOKENS, "minItems": 1}, "minItems": 1}
     kinds = [
         {"type": "string"},
-        {**TEXTS, "minItems": 1, "maxItems": MOST},
+        {**TEXTS, "minItems": 1},
         {**TOKENS, "minItems": 1},
         rows,
         *([{"type": "null"}] if nullable else []),
@@ -24,8 +25,8 @@ def input_schema(text: str, *, nullable: bool) -> Any:
     return described({"anyOf": kinds}, text)
 
 
-Prompt = Annotated[Any, input_schema("A text or token ids, or several of them.", nullable=True)]
-Input = Annotated[Any, input_schema("A text or token ids, or several of them.", nullable=False)]
+Prompt = Annotated[Any, input_schema(KINDS, nullable=True)]
+Input = Annotated[Any, input_schema(KINDS, nullable=False)]
 
 
 def _is_ids(value: Any) -> bool:

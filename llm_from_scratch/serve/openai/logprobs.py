@@ -66,7 +66,9 @@ class Offsets:
         """Start with a prompt of `length` characters. What its tokens have beyond these, such as a
         bos token, stands in front and counts nothing."""
         data = b"".join(token_bytes(self.tokenizer, token) for token in prompt)
-        self._place = length - len(data.decode("utf-8", "replace"))
+        # A character that the prompt only begins counts when it is complete.
+        whole = codecs.getincrementaldecoder("utf-8")("replace").decode(data)
+        self._place = length - len(whole)
 
     def push(self, token: int) -> int:
         """The place of the next token: where it begins, or the character that it goes on with."""

@@ -18,6 +18,12 @@ SAME = (
 )  # fmt: skip
 # What a request calls a setting that is called otherwise here.
 CALLED = {"max_new_tokens": "max_tokens", "json_schema": "response_format"}
+LARGEST_FORM = 1 << 18  # characters of a pattern or a schema: all wait while it is made ready
+SIZES = (
+    ("logit_bias", "entries", 1024),
+    ("choice", "entries", 1024),
+    ("regex", "characters", LARGEST_FORM),
+)
 FIELDS = (*SAME, "seed", "logprobs", *CALLED)
 
 
@@ -45,6 +51,15 @@ def naming(param: str | None = None, schema: str = "response_format") -> Iterato
         raise found from error
 
 
+def check_size(name: str, unit: str, size: int, most: int) -> None:
+    """Refuse what would hold up all others. (No part of the OpenAPI description, whose readers
+    would write examples of this size.)"""
+    if size > most:
+        raise ApiError(
+            400, f"{name} has {size:,} {unit}; at most {most:,} can be sent.", param=name
+        )
+
+
 def settings_of(body: Writing, most: int, **more: Any) -> SamplingSettings:
     """The settings that a body asks for; `most` is how many tokens it gets without `max_tokens`.
 
@@ -58,6 +73,8 @@ def settings_of(body: Writing, most: int, **more: Any) -> SamplingSettings:
     given: dict[str, Any] = {
         name: value for name in SAME if (value := getattr(body, name)) is not None
     }
+    for name, unit, limit in SIZES:
+        check_size(name, unit, len(given.get(name, ())), limit)
     given.setdefault("temperature", 1.0)
     given["max_new_tokens"] = min(body.max_tokens or most, 2**31)
     given["seed"] = None if body.seed is None else body.seed % 2**63

@@ -38,6 +38,14 @@ def _ids(served: ServedModel, body: TokenizeRequest) -> list[int]:
         return encode_for(served.model, tokenizer, body.prompt)  # type: ignore[arg-type]
 
 
+def _tokens(served: ServedModel, body: TokenizeRequest) -> Response:
+    ids = _ids(served, body)
+    found: dict[str, Any] = {"count": len(ids), "max_model_len": served.context, "tokens": ids}
+    if body.return_token_strs:
+        found["token_strs"] = [token_text(served.tokenizer, token) for token in ids]
+    return answer(found)
+
+
 def router(service: Service) -> APIRouter:
     api = APIRouter(tags=["tokens"])
 
@@ -45,15 +53,7 @@ def router(service: Service) -> APIRouter:
     async def tokenize(body: TokenizeRequest) -> Response:
         """The tokens of a text, or of a conversation up to where the answer begins."""
         served = service.model(body.model)
-        ids = await run_sync(_ids, served, body)
-        found: dict[str, Any] = {
-            "count": len(ids),
-            "max_model_len": served.context,
-            "tokens": ids,
-        }
-        if body.return_token_strs:
-            found["token_strs"] = [token_text(served.tokenizer, token) for token in ids]
-        return answer(found)
+        return await run_sync(_tokens, served, body)  # there may be millions
 
     @api.post("/v1/detokenize", response_model=Text)
     async def detokenize(body: DetokenizeRequest) -> Response:

@@ -11,10 +11,8 @@ let asking = null;
 /** Say how a person is asked for a key: `ask(refused)` gives a key or null; `refused`: whether one was wrong. */
 export const onKeyWanted = (ask) => void (askForKey = ask);
 
-/** What went wrong, as a sentence. `status` is HTTP's, 0 where no answer came; `code` the server's word for it. */
-export class ApiError extends Error {
-  constructor(message, status = 0, code = null) { super(message); Object.assign(this, { status, code }); }
-}
+/** What went wrong, as a sentence. */
+export class ApiError extends Error {}
 
 /** Whether there is another key than the one `used`; requests that were refused at the same time ask once. */
 async function newKey(used) {
@@ -46,9 +44,8 @@ async function errorOf(response) {
   const { status, headers } = response;
   const told = (await response.json().catch(() => null))?.error; // none in a page of some proxy, perhaps
   const seconds = Number(headers.get("Retry-After"));
-  const message = status === 401 ? t("error.key") : status === 429 && seconds ? t("error.busy", { seconds })
-    : told?.message || t("error.status", { status: String(status) });
-  return new ApiError(message, status, told?.code);
+  return new ApiError(status === 401 ? t("error.key") : status === 429 && seconds ? t("error.busy", { seconds })
+    : told?.message || t("error.status", { status: String(status) }));
 }
 
 /** The JSON at a path. */
@@ -72,7 +69,7 @@ export async function* stream(path, body, options = {}) {
         ended ||= line.slice(5).trim() === "[DONE]";
         if (ended) break;
         const event = JSON.parse(line.slice(5));
-        if (event.error) throw new ApiError(event.error.message, 200, event.error.code);
+        if (event.error) throw new ApiError(event.error.message);
         yield event;
       }
     }

@@ -17,15 +17,14 @@ const modelListeners = [];
 let models = []; // as /api/page tells them
 let chosen = null;
 
-/** Show a part of the page; the address says which. */
-const go = (tab) => void (location.hash = tab);
+/** The part of the page that is shown; the address says which. */
 const tabNow = () => TABS.find((tab) => location.hash.slice(1) === tab && !byId(`tab-${tab}`).hidden) ?? "chat";
 const tabs = TABS.map((tab) => byId(`tab-${tab}`));
-const chooseTab = rove(byId("tabs"), tabs, 0, (place) => [go(TABS[place]), tabs[place].focus()]);
+const chooseTab = rove(byId("tabs"), tabs, 0, (place) => [(location.hash = TABS[place]), tabs[place].focus()]);
 
 /** What the parts of the page share. */
-const context = { api, t, language, onLanguage, translate, go, notify, say, conversationIds: chat.conversationIds,
-  model: () => chosen, onModel: (listener) => modelListeners.push(listener),
+const context = { api, language, onLanguage, translate, notify, say, loadModels,
+  conversationIds: chat.conversationIds, model: () => chosen, onModel: (listener) => modelListeners.push(listener),
   leaveList: () => narrow.matches && toggle("list", false) };
 const MOUNT = { inside: "mountInside", runs: "mountRuns" }; // what is loaded when it is first looked at
 
@@ -43,6 +42,7 @@ function showTab() {
 }
 
 async function loadModels() {
+  byId("notes").replaceChildren(); // what went wrong last time
   try {
     const about = await api.get("api/page");
     models = about.models;

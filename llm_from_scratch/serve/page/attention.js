@@ -82,8 +82,8 @@ function drawHeads({ root, state }, body, { read, heads, tokens }, start) {
   const readout = el("output", { id: "attention-readout", "aria-live": "polite" });
   const map = el("canvas", { id: "attention-map", tabindex: 0, role: "application", "aria-label": t("attention.map"),
     "aria-describedby": "attention-readout" });
-  const frame = el("div", { class: "scroll" }, map);
-  body.replaceChildren(list, strip.element, readout, frame, el("p", { class: "hint" }, t("attention.hint")));
+  const frame = el("div", { class: "scroll" }, map), hint = el("p", { class: "hint" }, t("attention.hint"));
+  body.replaceChildren(el("div", { class: "beside" }, el("div", {}, list, strip.element, readout, hint), frame));
   function move(toRow, toColumn) {
     state.looked = column = within(toColumn);
     state.selected = start + (row = within(toRow));
@@ -92,9 +92,9 @@ function drawHeads({ root, state }, body, { read, heads, tokens }, start) {
   }
 
   function redraw() {
-    const cellIn = (room) => Math.min(30, Math.floor(room / size)), room = frame.clientWidth;
+    const cellIn = (room) => Math.min(44, Math.floor(room / size)), room = frame.clientWidth - 10;
     margin = cellIn(room - LABEL) >= 10 || size <= 24 ? LABEL : 0;
-    cell = margin ? Math.max(14, cellIn(room - LABEL)) : Math.max(3, cellIn(room));
+    cell = margin ? Math.max(size <= 24 ? 14 : 10, cellIn(room - LABEL)) : Math.max(3, cellIn(room));
     const side = size * cell, y = margin + (row - from) * cell, x = margin + (column - from) * cell;
     const context = fit(map, margin + side + 2), style = getComputedStyle(map);
     context.drawImage(maps[head], margin, margin, side, side);

@@ -160,7 +160,7 @@ export class LossChart {
     this.band.setAttribute("height", tall);
     this.drawAxes(bounds, inner);
     this.lines.replaceChildren(...views.map((view) => this.drawCurve(view, inner)));
-    if (this.cursor !== null) this.point(this.cursor);
+    if (this.cursor !== null) this.point(Math.min(last, Math.max(first, this.cursor)));
   }
   /** The lowest and highest loss in view, with a little air. */
   lossRange(views) {

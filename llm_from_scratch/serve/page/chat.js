@@ -67,12 +67,17 @@ export function editLast() {
 const submit = (event) => [event.preventDefault(), send(byId("message").value.trim())];
 
 function send(text) {
-  const model = context.model();
-  if (!text || isRunning()) return;
-  if (model?.kind !== "writer") return void context.notify(t(model ? "welcome.embedder" : "error.unreachable"));
+  if (!text || isRunning() || !mayWrite()) return;
   byId("message").value = "";
   remember("draft", "");
   write(addTo(addTo(path(current).at(-1) ?? current.root, "user", text), "assistant", ""));
+}
+
+/** Whether the chosen model can write; where none is known yet, the server is asked again (for a key, too). */
+function mayWrite() {
+  const kind = context.model()?.kind;
+  if (kind !== "writer") (kind ? context.notify(t("welcome.embedder")) : context.loadModels());
+  return kind === "writer";
 }
 
 /** Let the model write `node`: an answer to what stands before it, or what `work` does. */
@@ -111,12 +116,17 @@ function actionsOf(node) {
   const version = (role, content) => addTo(parentOf(current, node), role, content);
   const actions = {
     edit(text) {
-      const next = version(node.role, text);
-      if (node.role === "user") return write(addTo(next, "assistant", ""));
+      if (node.role === "user") return mayWrite() && write(addTo(version("user", text), "assistant", ""));
+      version("assistant", text);
       keep(current, true);
       render();
     },
-    again: () => write(node.role === "user" ? addTo(node, "assistant", "") : version("assistant", "")),
+    again() {
+      const parent = node.role === "user" ? node : parentOf(current, node);
+      if (!mayWrite()) return;
+      parent.children = parent.children.filter((one) => one.content || one.children.length); // others have failed
+      write(addTo(parent, "assistant", ""));
+    },
     choose(by) {
       const parent = parentOf(current, node);
       parent.chosen += by;
@@ -126,11 +136,6 @@ function actionsOf(node) {
       [...element.querySelectorAll(".versions button:enabled")].at(by < 0 ? 0 : -1).focus();
     },
     goOn: () => actions.pick(node.tokens.length, null),
-    retry() {
-      if (node.content) return actions.again();
-      for (const name of ["error", "finish", "tokens", "prompt"]) delete node[name];
-      write(node);
-    },
     pick(place, other) {
       const next = version("assistant", "");
       next.model = node.model;
@@ -177,7 +182,7 @@ function fit() {
 }
 
 const atEnd = () => byId("scroll").scrollHeight - byId("scroll").scrollTop - byId("scroll").clientHeight < 60;
-const toEnd = () => void (byId("scroll").scrollTop = byId("scroll").scrollHeight);
+const toEnd = () => void (byId("scroll").scrollTop = views.size && byId("scroll").scrollHeight);
 
 /** Do what changes the messages; whoever was at the end stays there. */
 const following = (change) => [atEnd(), change()][0] && toEnd();

@@ -37,6 +37,8 @@ export async function lensView(page, panel) {
   const column = Math.min(columns - 1, Math.max(0, state.selected - range.from));
   const chosen = (rows.length - 1) * columns + column;
   rove(table, options, chosen, open, columns);
-  body.replaceChildren(el("p", { class: "hint" }, t("lens.hint")), el("div", { class: "scroll" }, table), details);
+  const frame = el("div", { class: "scroll" }, table);
+  body.replaceChildren(el("p", { class: "hint" }, t("lens.hint")), frame, details);
+  frame.scrollLeft = options[chosen].offsetLeft - frame.clientWidth / 2;
   open(chosen);
 }

@@ -6,7 +6,7 @@ const FENCE = /^(\s*)(```+|~~~+)\s*([^`\s]*)[^`]*$/;
 const HEADING = /^(#{1,6})\s+(.*?)\s*#*$/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
 const RULE = /^\s*([-*_])(\s*\1){2,}\s*$/;
-const INLINE = /(`+)(.+?)\1(?!`)|\*\*(?=\S)(.+?)\*\*|\*(?=[^\s*])([^*\n]+?)\*/s;
+const INLINE = /(`+)(.+?)\1(?!`)|\*\*(?=\S)(.+?)\*\*|(?<!\w)\*(?=[^\s*])([^*\n]+?)\*(?!\w)/s;
 
 /** The text's nodes. */
 export function markdown(text) {

@@ -56,7 +56,7 @@ export function messageView(node, state, act) {
     const why = error ?? t(`ended.${ended}`);
     return el("div", { class: `notice ${error ? "problem" : ""}`, role: error && "alert" }, why,
       tokens?.length > 0 && button("quiet go-on", act.goOn, t("go.on")),
-      error && button("quiet retry", act.retry, t("retry")));
+      error && button("quiet retry", act.again, t("retry")));
   }
 
   function edit() {
@@ -84,8 +84,7 @@ export function messageView(node, state, act) {
   update();
   return { element, update, edit };
 }
-const waiting = () => el("span", { class: "waiting", role: "img", "aria-label": t("waiting") },
-  [1, 2, 3].map(() => el("i")));
+const waiting = () => el("span", { class: "dot", role: "img", "aria-label": t("waiting") });
 
 /** How many tokens, how fast. */
 function speed({ tokens, rate, read, first }) {

@@ -24,6 +24,7 @@ export function mountRuns(root, context) {
   const chart = new LossChart((step, points) => readout.replaceChildren(...(step === null ? [t("runs.hint")]
     : [el("b", {}, t("runs.step", { step })), ...points.map(pointText)])));
   chart.element.dataset.tLabel = "runs.chart";
+  chart.point(null);
   const problem = el("p", { role: "alert", class: "error" });
   const empty = told("p", "runs.empty", { id: "runs-empty", hidden: true });
   const title = (key) => told("th", `runs.${key}`, { scope: "col", class: key }), body = el("tbody");

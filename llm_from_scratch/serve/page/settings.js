@@ -5,7 +5,7 @@ import { recall, remember } from "./store.js";
 const CONTROLS = [ // default, least, most, step, and where there is a slider beside the number, its two ends
   ["temperature", 0.7, 0, 100, 0.05, [0, 2]], ["top_p", 0.95, 0.01, 1, 0.01, [0.01, 1]],
   ["top_k", 0, 0, 1e6, 1, [0, 100]], ["min_p", 0, 0, 1, 0.01, [0, 0.5]],
-  ["repetition_penalty", 1.1, 0.01, 100, 0.01, [1, 2]], ["max_tokens", 512, 1, 1e6, 1],
+  ["repetition_penalty", 1, 0.01, 100, 0.01, [1, 2]], ["max_tokens", 512, 1, 1e6, 1],
   ["seed", null, 0, 2 ** 53 - 1, 1], ["stop", ""],
 ];
 

@@ -30,8 +30,9 @@ export function showTokens(box, { tokens }) {
   for (let place = box.childElementCount; place < tokens.length; place++) {
     const { id, text, logprob, part, completed, picked } = tokens[place];
     const level = BORDERS.filter((border) => share({ logprob }) >= border).length;
-    const lines = text.trim() && !part ? text.split("\n").map((line, i) => [i > 0 && [tokenText("\n"), el("br")], line])
-      : [tokenText(text), text.includes("\n") && el("br")];
+    const shown = (line) => (text.trim() || !line ? line : tokenText(line)); // spaces between words need no sign
+    const lines = part || !text ? tokenText(text)
+      : text.split("\n").map((line, i) => [i > 0 && [tokenText("\n"), el("br")], shown(line)]);
     box.append(el("span", { role: "button", tabindex: place ? -1 : 0, "data-place": place,
       class: `piece level-${level} ${part ? "part" : ""} ${picked ? "picked" : ""}`,
       title: `${id} · ${percent(share({ logprob }))}` }, lines, completed && el("b", {}, completed)));

@@ -37,7 +37,7 @@ def test_switch_the_language(page: Any) -> None:
     expect(page.locator("#message")).to_have_attribute("placeholder", JAPANESE)
     expect(page.locator(".message.assistant .body")).to_have_text(ANSWER)
     page.locator("#tab-inside").click()
-    expect(page.locator("#inside-tab-attention")).to_have_text("注意")
+    expect(page.locator("#inside-tab-attention")).to_have_text("注意機構")
     expect(page.locator("#inside-panel .about")).to_contain_text(JAPANESE)
     page.reload()
     expect(page.locator("html")).to_have_attribute("lang", "ja")

@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field
 from llm_from_scratch.generate.chat import LocalChat, open_chat
 from llm_from_scratch.serve.models import ServedModel
 from llm_from_scratch.serve.openai.chat_schema import ChatCompletion, ChatCompletionChunk
+from llm_from_scratch.serve.openai.events import to_json
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 KING: list[Any] = [
@@ -226,6 +227,11 @@ def test_other_forms(client: Any) -> None:
 
 # ------------------------------------------------------------------------- asked wrongly
 
+
+def tool_called(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
 WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"temperature": -1}, "temperature", "greater than or equal to 0"),
     ({"temperature": "hot"}, "temperature", "valid number"),
@@ -251,6 +257,22 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         "JSON schema is wrong",
     ),
     ({"regex": "("}, "regex", "pattern"),
+    ({"regex": "a" * 300_000}, "regex", "at most 262,144"),
+    ({"choice": ["a"] * 1025}, "choice", "at most 1,024"),
+    ({"logit_bias": {str(i): 0 for i in range(1025)}}, "logit_bias", "at most 1,024"),
+    ({"no_repeat_ngram": 257}, "no_repeat_ngram", "less than or equal to 256"),
+    ({"messages": HELLO * 2049}, "messages", "at most 2048"),
+    ({"tools": [tool_called(f"f{i}") for i in range(129)]}, "tools", "at most 128"),
+    (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"schema": {"enum": ["a" * 300_000]}},
+            }
+        },
+        "response_format",
+        "at most 262,144",
+    ),
     ({"regex": "a", "choice": ["b"]}, "regex", "one form only"),
     ({"tool_choice": "required"}, "tools", "there are no tools"),
     ({"messages": []}, "messages", "no messages"),
@@ -304,7 +326,10 @@ def test_bodies_that_are_no_request(body: bytes, http: httpx2.Client) -> None:
     answer = http.post(
         "/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
     )
-    assert answer.status_code == 400 and answer.json()["error"]["message"]
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["message"] and error["param"] is None
+    assert body != b"{" or error["message"].startswith("The body is not JSON: ")
 
 
 def test_an_answer_that_breaks_off(client: Any, tell: Callable[..., str]) -> None:
@@ -323,6 +348,14 @@ def test_an_answer_that_breaks_off(client: Any, tell: Callable[..., str]) -> Non
     assert said == "abc" and broken_off.value.type == "server_error"
     (choice,) = client.chat.completions.create(model=tell("abc"), **asked).choices
     assert choice.message.content == "abc"  # the server goes on
+
+
+def test_an_event_is_one_line_for_every_client() -> None:
+    """Python's splitlines(), by which many read, knows more line ends than events do."""
+    text = "a\x85b\u2028c\u2029d\ne あ\x1c"
+    written = to_json({"content": text}).decode()
+    assert len(written.splitlines()) == 1 and "あ" in written
+    assert json.loads(written) == {"content": text}
 
 
 def test_json_that_is_odd_is_no_trouble(http: httpx2.Client) -> None:

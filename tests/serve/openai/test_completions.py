@@ -134,6 +134,29 @@ def test_a_prompt_given_back_with_how_likely_it_was(
             assert answer.usage.completion_tokens == 0
 
 
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_prompt_that_ends_inside_a_character_is_given_back_whole(
+    cut: int, client: Any, models: dict[str, ServedModel]
+) -> None:
+    tokenizer = models["plain"].tokenizer
+    begin = tokenizer.encode("a")
+    by_bytes = {tokenizer.token_bytes(i): i for i in range(tokenizer.vocab_size)}
+    whole = [*begin, *(by_bytes[bytes([byte])] for byte in "🦜".encode())]
+    ids = whole[: len(begin) + cut]
+    asked: dict[str, Any] = {
+        "model": "plain", "prompt": ids, "echo": True, "logprobs": 0, "temperature": 0,
+    }  # fmt: skip
+    choice = client.completions.create(
+        **asked, max_tokens=1, logit_bias={str(whole[len(ids)]): 100}
+    ).choices[0]
+    assert choice.text == ("a🦜" if cut == 3 else "a\ufffd")  # what is missing never comes
+    places = choice.logprobs.text_offset
+    assert places[: len(begin) + 1] == [0, 1] and set(places[1:]) == {1}
+    assert len(places) == len(ids) + 1
+    alone = client.completions.create(**asked, max_tokens=0).choices[0]
+    assert alone.text == tokenizer.decode(ids) and len(alone.logprobs.tokens) == len(ids)
+
+
 def test_ids_on_the_wire(http: httpx2.Client) -> None:
     """What the page reads: the prompt's ids first, and log-probabilities in the form of chats."""
     asked = {

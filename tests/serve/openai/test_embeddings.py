@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -13,6 +14,7 @@ from openai import BadRequestError
 
 from llm_from_scratch.serve.models import ServedModel
 from llm_from_scratch.serve.openai import embeddings
+from tests.serve.servers import Running
 
 TEXTS = ["Once upon a time there was a king.", "王様", "The end", "", "a b c d e f g h i j k l m"]
 
@@ -105,6 +107,12 @@ def test_what_is_wrong(fields: dict[str, Any], param: str, words: str, client: A
     assert found.value.param == param
     if "has 102" in words:
         assert found.value.code == "context_length_exceeded"
+
+
+def test_the_time_limit(http: httpx2.Client, api: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api.service, "limits", SimpleNamespace(max_seconds=0.0, max_body=1 << 20))
+    answer = http.post("/v1/embeddings", json={"input": "a"})
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "timeout"
 
 
 def test_without_a_name_the_embedder_is_meant(http: httpx2.Client) -> None:
