@@ -19,6 +19,7 @@ which page in `pages.py`.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -51,6 +52,7 @@ from llm_from_scratch.generate.speculative import Proposer
 from llm_from_scratch.model.cache import PagePool
 from llm_from_scratch.model.config import ModelConfig
 from llm_from_scratch.model.encoder_decoder import EncoderDecoder
+from llm_from_scratch.quant import kernels
 
 if TYPE_CHECKING:
     from llm_from_scratch.generate.constraint import Constraint
@@ -177,6 +179,15 @@ class Engine:
         if not feeds:
             return []
         logits = self.runner.run(feeds)
+        listening = any(feed.sequence.wants_prompt_logprobs for feed in feeds)  # to many logits
+        with contextlib.nullcontext() if listening else kernels.pytorch_alone():
+            new = self._take(feeds, logits)
+        for feed in feeds:
+            self._make_known(feed.sequence)
+        return new
+
+    def _take(self, feeds: list[Feed], logits: Tensor) -> list[NewToken]:
+        """Let each run choose from what the model said of its texts."""
         check_numbers(logits)
         best = likeliest(logits)
         found: dict[Run, list[tuple[Sequence, Tensor, list[int]]]] = {}
@@ -189,10 +200,7 @@ class Engine:
                 run = self.runs[sequence.number]
                 found.setdefault(run, []).append((sequence, logits[at:end], best[at:end]))
             at = end
-        new = [token for run, rows in found.items() for token in run.take(rows)]
-        for feed in feeds:
-            self._make_known(feed.sequence)
-        return new
+        return [token for run, rows in found.items() for token in run.take(rows)]
 
     def _admit(self) -> None:
         """Let those who wait begin, in their order, as far as there is room."""

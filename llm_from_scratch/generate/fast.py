@@ -27,7 +27,7 @@ from llm_from_scratch.model.cache import PagePool
 from llm_from_scratch.model.config import ModelConfig
 from llm_from_scratch.model.decoder import Block, Decoder
 from llm_from_scratch.model.layers import Attention, FeedForward, RMSNorm
-from llm_from_scratch.model.positions import angles, rope_loudness
+from llm_from_scratch.model.positions import rope_loudness
 from llm_from_scratch.quant import kernels
 from llm_from_scratch.quant.linear import QuantLinear
 from llm_from_scratch.quant.packed import PackedWeight
@@ -124,9 +124,10 @@ class KernelRunner:
         n = sum(len(feed.tokens) for feed in feeds)
         if n > self.buffers.rows or len(feeds) > self.buffers.texts:
             rows, texts = max(n, self.buffers.rows), max(len(feeds), self.buffers.texts)
+            self._programs = {}  # they know the old ones
             self.buffers = Buffers(self.config, rows, texts, self.pool.page_size)
-            self._programs = {}
-        wanted = self._fill(feeds)
+        with kernels.pytorch_alone():
+            wanted = self._fill(feeds)
         w, buffers = len(wanted), self.buffers
         key = n, w, torch.get_num_threads()
         programs = self._programs.pop(key, None)
@@ -157,6 +158,7 @@ class KernelRunner:
     def _fill(self, feeds: Many[Feed]) -> list[int]:
         """Write down what a pass is about; the places of the tokens whose logits are wanted."""
         buffers, size = self.buffers, self.pool.page_size
+        pages_tp = buffers.pages_tp.numpy()  # which takes lists of numbers faster than PyTorch
         tokens: list[int] = []
         position: list[int] = []
         slot: list[int] = []
@@ -170,16 +172,11 @@ class KernelRunner:
             slot += [table[p // size] * size + p % size for p in range(start, end)]
             text += [number] * len(feed.tokens)
             wanted += range(len(tokens) - feed.want, len(tokens))
-            buffers.pages_tp[number, : len(table)] = torch.tensor(table, dtype=torch.int32)
+            pages_tp[number, : len(table)] = table
         n = len(tokens)
-        places = torch.tensor(position)
-        buffers.position_n[:n] = places
-        buffers.slot_n[:n] = torch.tensor(slot, dtype=torch.int32)
-        buffers.text_n[:n] = torch.tensor(text, dtype=torch.int32)
-        loudness = rope_loudness(self.config.rope_scaling)
-        buffers.angles[:n] = angles(places, self.model.frequencies, loudness)
-        if self.model.local_frequencies is not None:
-            buffers.local_angles[:n] = angles(places, self.model.local_frequencies)
+        buffers.position_n.numpy()[:n] = position
+        buffers.slot_n.numpy()[:n] = slot
+        buffers.text_n.numpy()[:n] = text
         x_nm = self.model.embedding(torch.tensor(tokens))
         if self.config.scale_embedding:
             x_nm = x_nm * math.sqrt(self.config.d_model)
@@ -188,6 +185,12 @@ class KernelRunner:
 
     def _first_part(self, n: int) -> None:
         """Everything up to the last attention."""
+        model, buffers = self.model, self.buffers
+        position_n, loudness = buffers.position_n[:n], rope_loudness(self.config.rope_scaling)
+        kernels.angles(position_n, model.frequencies, loudness, buffers.angles[:n])
+        if model.local_frequencies is not None:
+            local_angles = buffers.local_angles[:n]
+            kernels.angles(position_n, model.local_frequencies, out=local_angles)
         for layer, block in enumerate(self.blocks):
             if layer:
                 self._after_attention(self.blocks[layer - 1], n)

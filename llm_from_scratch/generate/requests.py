@@ -7,7 +7,6 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -151,11 +150,7 @@ def check_prompt(model: Writer, prompt: Many[int]) -> None:
 
 def check_numbers(logits: Tensor, whose: str = "model") -> None:
     """Raise a `RunError` where a model's logits are no numbers."""
-    # The largest is NaN where anything is. NumPy stays on this thread: PyTorch's helpers would take
-    # the cores from the kernels' own.
-    on_cpu = logits.device.type == "cpu"
-    largest = np.max(logits.numpy(), initial=-np.inf) if on_cpu else logits.amax().item()
-    if math.isnan(largest):
+    if logits.numel() and math.isnan(logits.amax().item()):  # NaN is larger than anything
         raise RunError(
             f"The {whose}'s output is not a number (NaN): its weights are broken or overflow in "
             "this precision. Try --dtype fp32."

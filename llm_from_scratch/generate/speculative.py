@@ -21,6 +21,7 @@ from llm_from_scratch.generate.requests import Feed, Sequence, Writer, check_num
 from llm_from_scratch.generate.sampling import Chooser, draw
 from llm_from_scratch.model.cache import PagePool
 from llm_from_scratch.model.decoder import Decoder
+from llm_from_scratch.quant import kernels
 
 GUESSES = 5
 
@@ -144,9 +145,10 @@ class Draft:
                 return
             feeds = [Feed(twin, twin.tokens[twin.cached :], 1) for _, twin in twins]
             logits_nv = self.runner.run(feeds)
-            check_numbers(logits_nv, "draft")
-            for (one, twin), logits_v in zip(twins, logits_nv, strict=True):
-                self._guess(one, twin, logits_v)
+            with kernels.pytorch_alone():
+                check_numbers(logits_nv, "draft")
+                for (one, twin), logits_v in zip(twins, logits_nv, strict=True):
+                    self._guess(one, twin, logits_v)
 
     def _twin(self, sequence: Sequence) -> Sequence | None:
         """The draft's own copy of a text, cut back to what is agreed on, with room for guesses."""

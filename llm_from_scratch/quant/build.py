@@ -1,19 +1,23 @@
 """Building kernels.cpp on first use: one compiler call, kept in the user's cache.
 
 The library's name is a hash of the source, the compiler, its flags and the processor's abilities:
-a change of any builds anew, and a home folder shared by unlike machines holds one for each.
+a change of any builds anew, and a home folder shared by unlike machines holds one for each. What
+was not used for the longest time is dropped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +29,7 @@ COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=gnu++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", "-w")
 NATIVE = (("-march=native",), ("-mcpu=native",), ())  # the last where the others are unknown
 TIME_LIMIT = 300  # seconds
+KEPT = 16  # libraries: some versions of this package, on some machines
 
 
 class NoKernels(Exception):
@@ -88,12 +93,29 @@ def compile_to(path: Path, compiler: str, extra: Sequence[str] = ()) -> None:
                 made.chmod(0o700)
                 fsync_path(made)  # one that is cut short may only show it when it runs
                 made.replace(path)
+                drop_old(path.parent)
                 return
             said = done.stderr or done.stdout
     first = next((line for line in said.split("\n") if "error" in line), said[:200].strip())
     raise NoKernels(
         f"{compiler} could not compile them ({first or 'it says nothing'}; name another as $CXX)"
     )
+
+
+def drop_old(folder: Path) -> None:
+    """Keep the libraries that were used last; also drop what killed builds left behind."""
+
+    def age(path: Path) -> float:
+        with contextlib.suppress(OSError):  # another process has dropped it
+            return time.time() - path.stat().st_mtime
+        return math.inf
+
+    for path in sorted(folder.glob("*.so"), key=age)[KEPT:]:
+        with contextlib.suppress(OSError):  # in use, on Windows
+            path.unlink()
+    for path in folder.glob(ASIDE + "*"):
+        if age(path) > 2 * len(NATIVE) * TIME_LIMIT:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def only_ours(path: Path) -> bool:
@@ -124,6 +146,9 @@ def load(extra: Sequence[str] = ()) -> ctypes.CDLL:
         make_folder(path.parent)
         if not path.exists() or not only_ours(path):
             compile_to(path, compiler, extra)
+        else:
+            with contextlib.suppress(OSError):  # it may be another's, and be read only
+                os.utime(path)  # used now
         try:
             return ctypes.CDLL(str(path))
         except OSError:  # cut short or of another system: build it anew

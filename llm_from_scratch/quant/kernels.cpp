@@ -17,12 +17,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 #ifndef _WIN32
@@ -331,7 +332,8 @@ INLINE void store_quads(const Ints& x, Quad* to) {  // 16 inputs
         q.high[i % 4] = (int8_t)((t[i] + 128) >> 8);
         q.low[i % 4] = (int8_t)t[i];
 #elif defined(WITH_AVX2)
-        (i % 2 ? q.odd : q.even)[i % 4 / 2] = (int16_t)t[i];
+        int16_t* half = i % 2 ? q.odd : q.even;
+        half[i % 4 / 2] = (int16_t)t[i];
 #else
         q.x[i % 4] = (int16_t)t[i];
 #endif
@@ -401,38 +403,65 @@ INLINE void rest_a_moment() {
 #endif
 }
 
-// Workers wait for a job by looking again and again for about a millisecond, longer than the time
-// between two layers or two tokens, and then go to sleep. A job is closed by its caller as soon as no task is
-// left, so a worker that wakes too late costs nothing.
+// Looks again and again whether something has come, for `most` microseconds; after `alone` of them
+// it lets others have the core between two looks.
+template <class Come>
+static bool watch(int64_t alone, int64_t most, const Come& come) {
+    using Clock = std::chrono::steady_clock;
+    const auto start = Clock::now();
+    for (;;) {
+        for (int turn = 0; turn < 64; turn++, rest_a_moment())
+            if (come()) return true;
+        const auto past = Clock::now() - start;
+        if (past >= std::chrono::microseconds(most)) return false;
+        if (past >= std::chrono::microseconds(alone)) std::this_thread::yield();
+    }
+}
+
+static long this_process() {
+#ifdef _WIN32
+    return 0;
+#else
+    return (long)getpid();
+#endif
+}
+
+// Workers watch for a job for a while, longer than the time between two layers or two tokens, and
+// then go to sleep. A job is closed by its caller as soon as no task is left, so a worker that is
+// late, because it slept or another program has its core, costs nothing. The caller waits only for
+// workers that are at a task; if that takes long it sleeps, so that they get a core.
 class Pool {
 public:
     using Body = void (*)(const void*, int64_t);
+    const long process = this_process();
 
     void run(int64_t threads, int64_t tasks, Body body, const void* context) {
-        threads = std::min(threads, tasks);
-        if (threads < 2 || !in_use.try_lock()) {  // another thread of the program has the pool
+        const std::unique_lock<std::mutex> ours(in_use, std::try_to_lock);
+        if (!ours) {  // another thread of the program has the pool
             for (int64_t i = 0; i < tasks; i++) body(context, i);
             return;
         }
         try {
             for (; (int64_t)started < threads - 1; started++)
                 std::thread(&Pool::work, this, started).detach();
-        } catch (const std::system_error&) {  // the system gives no more of them: fewer do as well
+        } catch (const std::exception&) {  // the system gives no more of them: fewer do as well
         }
         job_body = body, job_context = context, job_tasks = tasks;
         next.store(0);
         helpers_wanted = threads - 1;
-        const uint64_t opened = (state.load() & ~(STEP - 1)) + STEP + OPEN;
-        state.store(opened);
+        state.store((state.load() & ~(STEP - 1)) + STEP + OPEN);
         if (sleeping.load() > 0) {
             { std::lock_guard<std::mutex> lock(mutex); }
             wake.notify_all();
         }
         take_tasks();
         state.fetch_sub(OPEN);
-        for (int turn = 0; state.load() & (OPEN - 1); turn++)  // helpers at their last task
-            turn < 4096 ? rest_a_moment() : std::this_thread::yield();
-        in_use.unlock();
+        const auto finished = [&] { return !(state.load() & (OPEN - 1)); };
+        if (finished() || watch(500, 500, finished)) return;
+        std::unique_lock<std::mutex> lock(mutex);
+        asleep.store(true);
+        done.wait(lock, finished);
+        asleep.store(false);
     }
 
 private:
@@ -440,9 +469,10 @@ private:
     static constexpr uint64_t OPEN = 1 << 16, STEP = 1 << 17;
     std::atomic<uint64_t> state{0};
     std::atomic<int64_t> next{0};
-    std::atomic<int> sleeping{0};
+    std::atomic<int> sleeping{0};  // workers
+    std::atomic<bool> asleep{false};  // the caller
     std::mutex in_use, mutex;
-    std::condition_variable wake;
+    std::condition_variable wake, done;
     size_t started = 0;
     Body job_body = nullptr;
     const void* job_context = nullptr;
@@ -465,34 +495,48 @@ private:
         return false;
     }
 
+    void leave() {
+        state.fetch_sub(1);
+        if (asleep.load()) {
+            { std::lock_guard<std::mutex> lock(mutex); }
+            done.notify_one();
+        }
+    }
+
     void work(size_t number) {
         for (uint64_t last = 0;;) {
-            bool inside = false;
-            for (int turn = 0; turn < 40000 && !(inside = enter(last, number)); turn++)
-                rest_a_moment();
-            if (!inside) {
+            const auto come = [&] { return enter(last, number); };
+            if (!watch(50, 1000, come)) {
                 std::unique_lock<std::mutex> lock(mutex);
                 sleeping.fetch_add(1);
-                wake.wait(lock, [&] { return inside = enter(last, number); });
+                wake.wait(lock, come);
                 sleeping.fetch_sub(1);
             }
             take_tasks();
-            state.fetch_sub(1);
+            leave();
         }
     }
 };
 
+// Never destroyed, as workers may outlive main. A forked process has none of the workers of the
+// first one, which may have held the pool's locks, and makes a pool of its own.
 static Pool* pool() {
-    static std::atomic<Pool*> pool{new Pool};  // never destroyed: workers may outlive main
-#ifndef _WIN32
-    static std::atomic<long> owner{(long)getpid()};
-    if (long now = getpid(); owner.exchange(now) != now) pool = new Pool;  // forks have no workers
-#endif
-    return pool;
+    static std::atomic<Pool*> pool{nullptr};
+    Pool* found = pool.load();
+    if (found && found->process == this_process()) return found;
+    Pool* fresh = new Pool;
+    if (pool.compare_exchange_strong(found, fresh)) return fresh;
+    delete fresh;  // another thread was faster
+    return found;
 }
 
 template <class Body>
 static void in_parallel(int64_t threads, int64_t tasks, const Body& body) {
+    threads = std::min(threads, tasks);
+    if (threads < 2) {
+        for (int64_t i = 0; i < tasks; i++) body(i);
+        return;
+    }
     pool()->run(threads, tasks,
                 [](const void* context, int64_t i) { (*(const Body*)context)(i); }, &body);
 }
@@ -781,8 +825,7 @@ static void tiles_times_rows(const LinearCall& c, const Prepared& p, int64_t fir
     }
 }
 
-extern "C" void linear(const LinearCall* call) {
-    const LinearCall& c = *call;
+static void product(const LinearCall& c) {
     const Matrix& m = *c.matrix;
     thread_local std::vector<Quad> quads;  // kept between calls: no memory is asked for
     thread_local std::vector<UnitScale> units;
@@ -795,21 +838,33 @@ extern "C" void linear(const LinearCall* call) {
         Quad* const all_quads = quads.data();
         UnitScale* const all_units = units.data();
         const int64_t some = 8;  // rows of a task
-        in_parallel(c.threads, (c.rows + some - 1) / some, [&](int64_t i) {
+        const int64_t threads = worth(c.threads, 32 * c.rows * m.in_features);
+        in_parallel(threads, (c.rows + some - 1) / some, [&](int64_t i) {
             for (int64_t r = i * some; r < std::min((i + 1) * some, c.rows); r++)
                 (m.unit == 32 ? quantise_row<32> : quantise_row<16>)(
                     c.x + r * c.x_stride, m.in_features, all_quads + r * n_quads,
                     all_units + r * n_units);
         });
     }
-    // Few large tasks keep each thread at its own part of the matrix; many small ones level out what
-    // disturbs a long product.
+    // Few large tasks keep each thread at its own part of the matrix; many small ones level out
+    // what disturbs a long product.
     const int64_t threads = worth(c.threads, (int64_t)m.out_features * m.in_features * c.rows);
     const int64_t each = c.rows > 16 ? 4 : 1;
     const int64_t tasks = std::min(m.tiles(), threads < 2 ? 1 : each * threads);
     in_parallel(threads, tasks, [&](int64_t i) {
         tiles_times_rows(c, p, m.tiles() * i / tasks, m.tiles() * (i + 1) / tasks);
     });
+}
+
+// So many rows at a time that the memory kept for their integers stays small.
+extern "C" void linear(const LinearCall* call) {
+    constexpr int64_t ROWS = 1024;
+    for (int64_t start = 0; start < call->rows; start += ROWS) {
+        LinearCall some = *call;
+        some.rows = std::min(ROWS, call->rows - start);
+        some.x += start * call->x_stride, some.y += start * call->y_stride;
+        product(some);
+    }
 }
 
 // Rows of the matrix as numbers: what an embedding looks up. Every step is rounded as in tiles.py.
@@ -894,6 +949,29 @@ extern "C" void rms_norm(const NormCall* call) {
         const float factor = 1 / std::sqrt(sum(squares) / (float)c.width + c.eps);
         const float one = c.plus_one ? 1.0f : 0.0f;
         for (int64_t i = 0; i < c.width; i++) y[i] = x[i] * factor * (one + c.weight[i]);
+    });
+}
+
+// Cosines and sines of the rows' positions, each pair's angle twice: `angles` in positions.py.
+struct AnglesCall {
+    const int32_t* position;
+    const float* frequencies;  // (turned / 2,)
+    float* cos_sin;  // (rows, 2, turned)
+    int64_t rows, turned, threads;
+    float loudness;
+};
+
+extern "C" void angles(const AnglesCall* call) {
+    const AnglesCall& c = *call;
+    for_rows(c.threads, c.rows, 16 * c.turned, [&](int64_t r) {
+        const int64_t half = c.turned / 2;
+        float* cosine = c.cos_sin + r * 2 * c.turned;
+        float* sine = cosine + c.turned;
+        for (int64_t i = 0; i < half; i++) {
+            const float angle = (float)c.position[r] * c.frequencies[i];
+            cosine[i] = cosine[half + i] = std::cos(angle) * c.loudness;
+            sine[i] = sine[half + i] = std::sin(angle) * c.loudness;
+        }
     });
 }
 

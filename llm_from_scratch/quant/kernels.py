@@ -4,6 +4,9 @@ They are built on first use (build.py). `SCRATCHLM_KERNELS=off` turns them off; 
 without a compiler, everything runs on the plain twins in PyTorch. Threads are those of PyTorch
 (`torch.set_num_threads`). All tensors are on the CPU; activations are fp32 with a last axis without
 gaps.
+
+Any thread may call them, also several at once: one has the workers, the others compute by
+themselves what comes out the same. A forked process gets workers of its own.
 """
 
 from __future__ import annotations
@@ -85,6 +88,23 @@ def instructions() -> str:
     return str(lib.instructions().decode())
 
 
+@contextlib.contextmanager
+def pytorch_alone() -> Iterator[None]:
+    """PyTorch computes on the calling thread only, inside the block.
+
+    For work between two passes. The threads that PyTorch wakes for a softmax over a vocabulary, or
+    even for the cosines of a few positions, meet the kernels' workers on the same cores, and both
+    wait for each other. (A thread that asks PyTorch for its first time while another is inside
+    such a block goes on with one thread.)
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 # ------------------------------------------------------------------------------- calls
 
 
@@ -99,6 +119,7 @@ def _struct(pointers: str, numbers: str, floats: str = "") -> type[ctypes.Struct
 _Linear = _struct("matrix x y bias", "rows x_stride y_stride add threads")
 _Rows = _struct("matrix ids y", "rows y_stride threads unknown")
 _Norm = _struct("x weight y", "rows width x_stride y_stride plus_one threads", "eps")
+_Angles = _struct("position frequencies cos_sin", "rows turned threads", "loudness")
 _Rope = _struct("x cos_sin", "rows heads head_dim turned x_stride threads")
 _Write = _struct(
     "k v keys values key_scales value_scales slots_n",
@@ -246,6 +267,24 @@ def rms_norm(
         out.stride(0), plus_one, torch.get_num_threads(), eps,
     )  # fmt: skip
     _run("rms_norm", call, x_nm, weight, out)
+    return out
+
+
+def angles(
+    position_n: Tensor, frequencies: Tensor, loudness: float = 1.0, out: Tensor | None = None
+) -> Tensor:
+    """Cosines and sines for positions (n,): (n, 2, d), as `angles` in model/positions.py."""
+    n, turned = len(position_n), 2 * len(frequencies)
+    position_n = _int32(position_n)
+    if out is None:
+        out = torch.empty(n, 2, turned)
+    assert _fits(frequencies) and frequencies.dim() == 1
+    assert _fits(out) and out.shape == (n, 2, turned) and out.is_contiguous()
+    call = _Angles(
+        position_n.data_ptr(), frequencies.data_ptr(), out.data_ptr(), n, turned,
+        torch.get_num_threads(), loudness,
+    )  # fmt: skip
+    _run("angles", call, position_n, frequencies, out)
     return out
 
 

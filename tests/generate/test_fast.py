@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -214,3 +217,30 @@ def test_engines_in_several_threads_do_not_meet() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(12)))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at Linux's list of threads")
+def test_pytorch_wakes_no_threads_beside_the_kernels() -> None:
+    """Once woken they would take the cores of the kernels' workers, step after step."""
+    code = (
+        "import os, torch; torch.set_num_threads(1)\n"
+        "from dataclasses import replace\n"
+        "from llm_from_scratch.generate.engine import Engine\n"
+        "from llm_from_scratch.generate.requests import Request\n"
+        "from llm_from_scratch.generate.sampling import SamplingSettings\n"
+        "from tests.generate.test_fast import LLAMA, packed_model\n"
+        "model = packed_model(replace(LLAMA, vocab_size=33_000))\n"
+        "engine = Engine(model, cache_tokens=1000)\n"
+        "torch.set_num_threads(2)\n"
+        "count = lambda: len(os.listdir('/proc/self/task'))\n"
+        "before = count()\n"
+        "ways = [{'temperature': 0.0}, {'temperature': 0.8, 'top_k': 40, 'top_p': 0.9},\n"
+        "        {'temperature': 0.0, 'repetition_penalty': 1.1, 'logprobs': 2}]\n"
+        "for n in range(9):\n"
+        "    settings = SamplingSettings(max_new_tokens=4, **ways[n % 3])\n"
+        "    engine.submit(Request(list(range(n + 1)), settings))\n"
+        "while engine.busy: engine.step()\n"
+        "assert count() == before + 1, (before, count())  # the kernels' worker\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)

@@ -7,11 +7,13 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from llm_from_scratch.core.files import ASIDE
 from llm_from_scratch.model.positions import angles, rope_frequencies
 from llm_from_scratch.quant import build, kernels, plain
 from llm_from_scratch.quant.packed import PackedWeight
@@ -81,6 +83,51 @@ def test_any_number_of_threads_computes_the_same(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+def test_callers_with_any_number_of_threads_do_not_meet() -> None:
+    """Also more than there are cores, and from several threads of Python at once."""
+    if not kernels.available():
+        pytest.skip("no compiler here")
+    packed = PackedWeight.from_dense(random(600, 400))  # large enough to be shared out
+    x = random(9, 400)
+    wanted, before = packed.linear(x), torch.get_num_threads()
+
+    def work(threads: int) -> bool:
+        torch.set_num_threads(threads)  # of this thread of Python
+        return all(torch.equal(packed.linear(x), wanted) for _ in range(50))
+
+    try:
+        for counts in ((7,), (1, 2, 5, 9)):
+            with ThreadPoolExecutor(len(counts)) as pool:
+                assert all(pool.map(work, counts))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_more_rows_than_are_taken_at_a_time() -> None:
+    if not kernels.available():
+        pytest.skip("no compiler here")
+    packed, _ = MAKERS["Q4_0"]()
+    wide = random(2053, packed.in_features + 4)
+    x, bias, out = wide[:, 4:], random(packed.out_features), torch.zeros(2053, 50)
+    place = out[:, 1 : 1 + packed.out_features]
+    kernels.linear(packed.handle, x, place, bias=bias)
+    for rows in (slice(0, 9), slice(1020, 1030), slice(2046, 2053)):
+        assert torch.equal(place[rows], kernels.linear(packed.handle, x[rows], bias=bias))
+    assert not out[:, 0].any() and not out[:, 1 + packed.out_features :].any()
+
+
+def test_pytorch_alone_is_over_when_the_block_ends() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ZeroDivisionError), kernels.pytorch_alone():
+            assert torch.get_num_threads() == 1
+            raise ZeroDivisionError
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_bias_sum_and_strides(variant: str) -> None:
     packed, weights = MAKERS["int4-64-zeros"]()
     wide = random(4, packed.in_features + 8)
@@ -106,6 +153,17 @@ def test_norm_and_gate(variant: str, width: int) -> None:
     wanted = x + up
     kernels.add(up, x)
     assert torch.equal(x, wanted)
+
+
+@pytest.mark.parametrize("loudness", [1.0, 1.3])
+def test_angles(variant: str, loudness: float) -> None:
+    positions, frequencies = torch.tensor([0, 1, 6, 1000, 131_071]), rope_frequencies(20, 1e4, None)
+    wanted = angles(positions, frequencies, loudness)
+    got = kernels.angles(positions, frequencies, loudness)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-7)
+    out = torch.full_like(got, torch.nan)
+    assert kernels.angles(positions.int(), frequencies, loudness, out) is out
+    assert torch.equal(out, got)
 
 
 @pytest.mark.parametrize("turned", [32, 20])
@@ -226,6 +284,36 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
+def test_two_threads_of_a_forked_process_may_be_first_at_once() -> None:
+    """Neither may meet the workers of the first process, who are not there to let go of a lock."""
+    if not kernels.available():
+        pytest.skip("no compiler here")
+    code = (
+        "import os, signal, threading\n"
+        "import torch; torch.set_num_threads(3)\n"
+        "from llm_from_scratch.quant import kernels\n"
+        "x = torch.rand(300, 300)\n"
+        "program = kernels.Program()\n"
+        "with program.record():\n"
+        "    for _ in range(20): kernels.rms_norm(x, x[0], 1e-5, out=torch.empty_like(x))\n"
+        "def child():\n"
+        "    signal.alarm(20)\n"
+        "    both = threading.Barrier(2)\n"
+        "    def work(): both.wait(); program()\n"
+        "    threads = [threading.Thread(target=work) for _ in 'ab']\n"
+        "    for one in threads: one.start()\n"
+        "    for one in threads: one.join()\n"
+        "    os._exit(0)\n"
+        "for _ in range(100):\n"
+        "    program()\n"
+        "    pid = os.fork()\n"
+        "    if pid == 0: child()\n"
+        "    assert os.waitpid(pid, 0)[1] == 0\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's limits")
 def test_where_the_system_gives_no_threads_one_does_it_all() -> None:
     if not kernels.available():
@@ -287,6 +375,32 @@ def test_a_broken_library_is_built_anew(
     assert build.load().instructions is not None
     assert "this happens once" in capsys.readouterr().err  # it takes seconds
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_libraries_that_nobody_uses_any_more_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels.available():
+        pytest.skip("no compiler here")
+    monkeypatch.setenv("SCRATCHLM_CACHE", str(tmp_path))
+    path = build.library_path(build.find_compiler())
+    build.make_folder(path.parent)
+    for age in range(1, build.KEPT + 3):
+        old = path.with_name(f"{age}.so")
+        old.touch()
+        os.utime(old, (1e9 - age, 1e9 - age))
+    killed, busy = (path.with_name(f"{ASIDE}{name}") for name in ("killed", "busy"))
+    killed.mkdir()
+    busy.mkdir()
+    os.utime(killed, (1e9, 1e9))
+    build.load()
+    kept = {path.name, busy.name, *(f"{age}.so" for age in range(1, build.KEPT))}
+    assert {entry.name for entry in path.parent.iterdir()} == kept
+    os.utime(path, (1, 1))
+    build.load()  # not built again, but used
+    assert path.stat().st_mtime > 1e9
+    build.drop_old(path.parent)
+    assert path.exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has other rights")
