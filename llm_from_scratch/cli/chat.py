@@ -7,8 +7,10 @@ import contextlib
 import dataclasses
 import functools
 import json
+import signal
 import sys
-from collections.abc import Callable, Generator
+import threading
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from llm_from_scratch.cli.commands import Commands, note, printable
@@ -204,12 +206,14 @@ def reply(conversation: Conversation, ask: Ask) -> None:
     shown = printable if sys.stdout.isatty() else str
     before = conversation.forgotten
     try:
-        with contextlib.closing(ask()) as pieces:
+        with interrupts() as seen, contextlib.closing(ask()) as pieces:
             for piece in pieces:
                 if conversation.forgotten > before:
                     before = conversation.forgotten
                     note(f"(The context is full: the {before} oldest messages are left out.)")
                 print(shown(piece), end="", flush=True)
+                if seen:
+                    raise KeyboardInterrupt
         print(flush=True)
     except KeyboardInterrupt:
         print(flush=True)
@@ -220,6 +224,27 @@ def reply(conversation: Conversation, ask: Ask) -> None:
         return
     if conversation.reply and conversation.reply.finish_reason == "length":
         note("(The answer was cut off: --max_new_tokens or the context was used up.)")
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Within the block a Ctrl-C is noted as well as raised: where a library swallows it, the list
+    still has it."""
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield seen
+    finally:
+        # None: it was set outside of Python, and cannot be set again from here.
+        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
 
 
 def reply_json(conversation: Conversation, message: str, ask: Ask) -> None:

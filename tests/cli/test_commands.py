@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+import signal
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
 from llm_from_scratch.cli import terminal
+from llm_from_scratch.cli.chat import reply
 from llm_from_scratch.cli.commands import COMMANDS, OTHER_NAMES, printable, setting_names
 from llm_from_scratch.cli.main import run
 from tests.generate.stub_server import Stub, as_json, serving, told
@@ -231,3 +233,23 @@ def test_a_long_history_forgets_its_older_half(
     assert found == [f"{number:06}" for number in range(199, 199 - len(found), -1)]
     assert 40 < len(found) < 60
     assert len(history.path.read_bytes()) <= 500
+
+
+def test_a_ctrl_c_that_a_library_swallows_still_stops_the_answer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def pieces() -> Generator[str, None, None]:
+        yield "one "
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        yield "two "
+        yield "three"
+
+    class Talk:
+        forgotten, reply = 0, None
+
+    before = signal.getsignal(signal.SIGINT)
+    reply(Talk(), pieces)  # type: ignore[arg-type]
+    out, err = capsys.readouterr()
+    assert (out, err) == ("one two \n", "(stopped)\n")
+    assert signal.getsignal(signal.SIGINT) == before
