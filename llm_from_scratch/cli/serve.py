@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_from_scratch.cli.generate import CACHE_DTYPES
+from llm_from_scratch.cli.generate import CACHE_DTYPES, add_engine_arguments
 from llm_from_scratch.cli.sampling_flags import DTYPES
 from llm_from_scratch.core.errors import UserError, shown
 
@@ -70,6 +70,7 @@ def add_parser(subparsers: Any) -> None:
         help="seconds for unfinished answers when the server is stopped (default: 30)",
     )
     add_model_flags(parser)
+    add_engine_arguments(parser)
     add_access_flags(parser)
     add_limit_flags(parser)
 
@@ -82,25 +83,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", metavar="|".join(DTYPES), help="precision of the weights"
     )
     group.add_argument(
-        "--cache_dtype",
-        default="auto",
-        metavar="|".join(CACHE_DTYPES),
-        help="precision of keys and values; int8 takes a quarter of fp32's memory",
-    )
-    group.add_argument(
         "--template",
         metavar="NAME|FILE",
         help="a chat template in the place of the models' own: a Jinja file, or one that is built "
         "in",
-    )
-    group.add_argument(
-        "--draft", metavar="MODEL", help="a small model of the same vocabulary guesses ahead"
-    )
-    group.add_argument(
-        "--lookup",
-        type=int,
-        metavar="N",
-        help="guess up to N tokens ahead: what followed the last words before (5 is usual)",
     )
 
 

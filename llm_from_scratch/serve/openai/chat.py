@@ -215,9 +215,7 @@ def router(service: Service) -> APIRouter:
             pieces = service.worker.write(served.name, [plan.prompt], plan.settings)
             await pieces.accepted()
         if body.stream:
-            options = body.stream_options
-            with_usage = bool(options is not None and options.include_usage)
-            return EventStream(_chunks(plan, pieces, with_usage))
+            return EventStream(_chunks(plan, pieces, body.wants_usage))
         return answer(await _whole(plan, pieces))
 
     return api

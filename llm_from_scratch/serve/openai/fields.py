@@ -181,6 +181,11 @@ class Writing(Body):
     prompt_cache_options: Ignored = None
     prompt_cache_retention: Ignored = None
 
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a streamed answer ends with a chunk that counts the tokens."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
 
 class Usage(Reply):
     prompt_tokens: int
