@@ -41,20 +41,20 @@ def read_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]
     path = Path(path)
     try:
         with path.open("rb") as file:
-            start = file.read(2)
+            start = file.read(9)
     except OSError as error:
         raise UserError(f"The checkpoint {path} cannot be read: {error.strerror}.") from error
-    if start == b"PK" or start[:1] == b"\x80":
-        raise UserError(
-            f"{path} is a pickle, which can run any program when it is opened: load its weights "
-            "with torch.load(path, weights_only=True), put them into the model with "
-            "load_state_dict, and save them with save_checkpoint."
-        )
     try:
         with safe_open(path, framework="pt") as stored:
             header = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
+        if start[:2] == b"PK" or (start[:1] == b"\x80" and start[8:] != b"{"):
+            raise UserError(
+                f"{path} is a pickle, which can run any program when it is opened: load its "
+                "weights with torch.load(path, weights_only=True), put them into the model with "
+                "load_state_dict, and save them with save_checkpoint."
+            ) from error
         raise UserError(
             f"{path} is truncated or not a safetensors file ({error}): take another checkpoint."
         ) from error
