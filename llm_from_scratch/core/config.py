@@ -41,15 +41,19 @@ def field_types(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def _convert(value: Any, annotation: Any, where: str) -> Any:
-    """`value` from YAML or a flag as the annotated type, or a `UserError`."""
+def _convert(value: Any, annotation: Any, where: str, default: Any = None) -> Any:
+    """`value` from YAML or a flag as the annotated type, or a `UserError`.
+
+    A part of the settings starts from `default`, which may differ from its class's own.
+    """
     kind, optional = _plain_type(annotation)
     if value is None or (optional and value in ("none", "null", "None")):
         if optional:
             return None
         raise UserError(f"{where} needs a value.")
     if dataclasses.is_dataclass(kind):
-        return from_dict(typing.cast(type, kind), value, where)
+        known = default if dataclasses.is_dataclass(default) else None
+        return from_dict(typing.cast(type, kind), value, where, known)
     if typing.get_origin(kind) in (tuple, list):
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_convert(v, typing.get_args(kind)[0], where) for v in items)
@@ -84,21 +88,35 @@ def _convert(value: Any, annotation: Any, where: str) -> Any:
     return str(value)
 
 
-def from_dict(cls: type[T], values: Any, where: str = "") -> T:
-    """Build the dataclass `cls` from a nested mapping; unknown keys are refused by name."""
+def defaults_of(config: Any) -> dict[str, Any]:
+    """What each field of a dataclass, or of one of its instances, is unless told."""
+    if not isinstance(config, type):
+        return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {
+        f.name: f.default_factory() if callable(f.default_factory) else f.default
+        for f in dataclasses.fields(config)
+    }
+
+
+def from_dict(cls: type[T], values: Any, where: str = "", default: T | None = None) -> T:
+    """Build the dataclass `cls` from a nested mapping; unknown keys are refused by name.
+
+    What `values` does not say is as in `default`, or as the class has it.
+    """
     if dataclasses.is_dataclass(values) and isinstance(values, cls):
         return values
     if not isinstance(values, Mapping):
         raise UserError(f"{where or 'The settings'} must be a table of names and values.")
     annotations = field_types(cls)
+    usual = defaults_of(cls if default is None else default)
     built: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
         path = f"{where}.{name}" if where else name
         if name not in annotations:
             raise UserError(f"There is no setting '{path}'.{_suggest(path, cls, where)}")
-        built[name] = _convert(value, annotations[name], path)
-    return cls(**built)
+        built[name] = _convert(value, annotations[name], path, usual[name])
+    return cls(**built) if default is None else dataclasses.replace(default, **built)  # type: ignore[type-var]
 
 
 def _suggest(path: str, cls: type, where: str) -> str:
@@ -210,14 +228,17 @@ def _annotation_of(cls: type, dotted: str) -> Any:
 
 
 def field_help(cls: type) -> dict[str, str]:
-    """The string under each field of the class body: its one-line description."""
+    """The string under each field of the class body, or of a class before it: its description."""
+    found: dict[str, str] = {}
+    for parent in cls.__bases__:
+        if dataclasses.is_dataclass(parent):
+            found |= field_help(parent)
     try:
         source = inspect.getsource(cls)
     except (OSError, TypeError):  # a class made at a prompt has no source file
-        return {}
+        return found
     body = ast.parse(textwrap.dedent(source)).body[0]
     assert isinstance(body, ast.ClassDef)
-    found: dict[str, str] = {}
     for before, after in zip(body.body, body.body[1:], strict=False):
         if (
             isinstance(before, ast.AnnAssign)
@@ -229,18 +250,15 @@ def field_help(cls: type) -> dict[str, str]:
     return found
 
 
-def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
+def describe(cls: type, prefix: str = "", default: Any = None) -> list[tuple[str, str, str]]:
     """(flag, default, help) of every setting, for --help and the docs."""
     rows: list[tuple[str, str, str]] = []
     helps = field_help(cls)
-    defaults = {
-        f.name: f.default_factory() if callable(f.default_factory) else f.default
-        for f in dataclasses.fields(cls)
-    }
+    defaults = defaults_of(cls if default is None else default)
     for name, annotation in field_types(cls).items():
         kind, _ = _plain_type(annotation)
         if dataclasses.is_dataclass(kind):
-            rows += describe(typing.cast(type, kind), f"{prefix}{name}.")
+            rows += describe(typing.cast(type, kind), f"{prefix}{name}.", defaults[name])
         else:
             default = defaults[name]
             shown = "" if default in (None, (), dataclasses.MISSING) else str(default)

@@ -5,33 +5,25 @@ read and split documents -> tokenizer -> token shards -> loop -> model, figures,
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from llm_from_scratch.core.config import from_dict, read_yaml, to_dict, to_yaml
 from llm_from_scratch.core.device import (
-    environment,
     memory_bytes,
     pick_device,
-    pick_precision,
 )
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.core.files import (
     human_bytes,
-    remove_asides,
-    writable_folder,
     write_aside,
 )
-from llm_from_scratch.core.runlog import LiveLine, plot_losses, write_json
+from llm_from_scratch.core.runlog import LiveLine, plot_losses
 from llm_from_scratch.data.loader import IGNORED, Batch, PackedTokens, evaluation_batches
 from llm_from_scratch.evaluate.bits_per_byte import bits_per_byte, nats_of
 from llm_from_scratch.generate.generate import complete
@@ -45,15 +37,11 @@ from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.train.loop import Hooks, Loop
 from llm_from_scratch.train.losses import LossSum, next_token_loss_sum, with_balance
 from llm_from_scratch.train.memory import training_memory
-from llm_from_scratch.train.parallel import join_world, leave_world, wait_for_all
 from llm_from_scratch.train.prepare import PYTHON, Prepared, prepare, reopen
+from llm_from_scratch.train.run import Run, carry_out, steps_of, with_train, write_card
 from llm_from_scratch.train.settings import PretrainConfig
 from llm_from_scratch.weights.families import family_of
 from llm_from_scratch.weights.folder import load_folder, save_folder
-
-PREPARATION = ("tokenizer", "tokens", "environment.json")  # what is there before config.yaml
-IDENTITY_FREE = ("stop_after",)  # train settings that do not change what a run computes
-
 
 # May change the settings once the text is prepared (quickstart sets the steps there).
 Tune = Callable[[PretrainConfig, Prepared, LiveLine], PretrainConfig]
@@ -125,14 +113,6 @@ def build(config: PretrainConfig, prepared: Prepared) -> Decoder:
     return model
 
 
-def settle(config: PretrainConfig) -> PretrainConfig:
-    """`auto` replaced by what it means here, so that config.yaml repeats the run."""
-    device = pick_device(config.train.device)
-    precision = pick_precision(config.train.precision, device)
-    train = dataclasses.replace(config.train, device=str(device), precision=precision)
-    return dataclasses.replace(config, train=train)
-
-
 def make_loop(
     config: PretrainConfig, prepared: Prepared, model: Decoder, folder: Path | None, quiet: bool
 ) -> Loop:
@@ -158,20 +138,71 @@ def make_loop(
     )  # fmt: skip
 
 
-@dataclass
-class Run:
-    """A finished or interrupted run."""
+class Pretraining:
+    """The run that `pretrain` carries out: text, tokenizer and shards become a model."""
 
-    folder: Path
-    config: PretrainConfig
-    summary: dict[str, Any]
-    interrupted: bool = False
-    as_asked: bool = False  # interrupted by train.stop_after
+    command = "scratchlm pretrain"
+    preparation: tuple[str, ...] = ("tokenizer", "tokens")
 
-    @property
-    def exit_code(self) -> int:
-        """What a command ends with: 0, or 130 after Ctrl-C."""
-        return 130 if self.interrupted and not self.as_asked else 0
+    def __init__(self, tune: Tune | None = None) -> None:
+        self.tune = tune
+
+    def prepare(
+        self, config: PretrainConfig, folder: Path, line: LiveLine
+    ) -> tuple[PretrainConfig, dict[str, str]]:
+        # What can be known to be wrong comes out before the work.
+        shape = resolve(config.model, config.tokenizer.vocab_size, config.data.seq_len)
+        memory = memory_bytes(pick_device(config.train.device))
+        refuse_too_large(shape, config.train.optimizer, memory)
+        family_of(shape)  # what cannot be saved need not be trained
+        if config.tokenizer.path is not None:
+            Tokenizer.load(Path(config.tokenizer.path))
+        self.prepared = prepare(config, folder, line)
+        windows = PackedTokens(self.prepared.train, config.data.seq_len, config.train.seed)
+        config = with_train(config, steps_of(config.train, len(windows)))
+        if self.tune is not None:
+            config = self.tune(config, self.prepared, line)
+        self.prepared.documents = None  # the text is not needed while training
+        return config, self.prepared.hashes
+
+    def reopen(self, config: PretrainConfig, folder: Path, line: LiveLine) -> None:
+        self.prepared = reopen(folder)
+
+    def make_loop(self, config: PretrainConfig, folder: Path, quiet: bool) -> Loop:
+        model = build(config, self.prepared)
+        loop = make_loop(config, self.prepared, model, folder, quiet)
+        loop.line.say(
+            f"Model: {config.model.family}, {_sizes(model)}, "
+            f"{config.train.precision} on {config.train.device}."
+        )
+        return loop
+
+    def finish(
+        self,
+        config: PretrainConfig,
+        folder: Path,
+        loop: Loop,
+        line: LiveLine,
+        summary: dict[str, Any],
+    ) -> None:
+        """The figures, the picture and the model card of a run that reached its end."""
+        p, prepared, model = loop.progress, self.prepared, loop.model
+        assert isinstance(model, Decoder)
+        if prepared.val is None or len(prepared.val) < 2:
+            save_folder(model, prepared.tokenizer, folder / "model")
+        else:
+            summary |= {"val_loss": p.val_loss, "best_val_loss": p.best_val_loss}
+            if prepared.val_bytes:
+                if config.train.keep_best and p.best_step != p.step:
+                    model = kept_model(folder, loop)  # the figures are those of what is kept
+                summary["bits_per_byte"] = held_out_bits_per_byte(config, prepared, model, line)
+        title = f"{folder.name}: {config.model.family}, {summary['parameters'] / 1e6:.2f} M"
+        plot_losses(folder, title)
+        write_card(
+            folder, summary,
+            f"A {config.model.family} language model trained from scratch with scratchlm.",
+            facts_of(config, prepared), "text-generation",
+        )  # fmt: skip
 
 
 def pretrain(
@@ -182,82 +213,8 @@ def pretrain(
     tune: Tune | None = None,
     given: dict[str, Any] | None = None,
 ) -> Run:
-    """Train a model from text, into the folder `config.out`.
-
-    With `resume`, config.yaml in that folder decides; what was asked for besides must not
-    contradict it: `given` (nested, as from the flags), or whatever in `config` is no default.
-    Raises `UserError` before any work for settings that cannot be, `RunError` for what fails later.
-    """
-    line = LiveLine(quiet=quiet)
-    if not config.out:
-        raise UserError("No run folder was given; name one with --out.")
-    folder = Path(config.out)
-    world = join_world(pick_device(config.train.device))
-    if resume:
-        if world.main and folder.is_dir():
-            remove_asides(folder)
-        config = resumed_config(folder, config, given)
-        prepared = reopen(folder)
-    elif world.main:
-        config, prepared = start(config, folder, tune, line)
-        wait_for_all(world)
-    else:
-        wait_for_all(world)
-        config = resumed_config(folder, config, {})
-        prepared = reopen(folder)
-    model = build(config, prepared)
-    loop = make_loop(config, prepared, model, folder, quiet)
-    line.say(
-        f"Model: {config.model.family}, {_sizes(model)}, "
-        f"{config.train.precision} on {config.train.device}."
-    )
-    if resume and (step := loop.resume()):
-        line.say(f"Resuming after step {step}.")
-    progress = loop.train()
-    if loop.interrupted:
-        line.say(
-            f"Saved at step {progress.step}. To go on: scratchlm pretrain --out {folder} --resume"
-        )
-        # Stopped where it was told to stop is not the same as stopped by Ctrl-C.
-        asked = config.train.stop_after is not None and progress.step >= config.train.stop_after
-        return Run(folder, config, {}, interrupted=True, as_asked=asked)
-    summary = finish(config, prepared, model, loop, line) if loop.world.main else {}
-    leave_world()
-    return Run(folder, config, summary)
-
-
-def start(
-    config: PretrainConfig, folder: Path, tune: Tune | None, line: LiveLine
-) -> tuple[PretrainConfig, Prepared]:
-    """A new run folder with everything that is decided before the first step."""
-    refuse_used_folder(folder)
-    # What can be known to be wrong comes out before the work.
-    shape = resolve(config.model, config.tokenizer.vocab_size, config.data.seq_len)
-    config = settle(config)
-    refuse_too_large(shape, config.train.optimizer, memory_bytes(pick_device(config.train.device)))
-    family_of(shape)  # what cannot be saved need not be trained
-    if config.tokenizer.path is not None:
-        Tokenizer.load(Path(config.tokenizer.path))
-    fresh = not folder.exists()
-    writable_folder(folder)
-    try:
-        prepared = prepare(config, folder, line)
-        PackedTokens(prepared.train, config.data.seq_len, config.train.seed)  # long enough?
-        if tune is not None:
-            config = tune(config, prepared, line)
-    except BaseException:  # Ctrl-C, too: nothing half-made stays behind
-        remove_preparation(folder)
-        if fresh and folder.exists():
-            folder.rmdir()
-        raise
-    prepared.documents = None  # the text is not needed while training
-    train = dataclasses.replace(config.train, warmup_steps=config.train.warmup)
-    config = dataclasses.replace(config, train=train)
-    stored = dataclasses.replace(train, stop_after=None)
-    write_json(folder / "environment.json", {**environment(), "data_sha256": prepared.hashes})
-    with write_aside(folder / "config.yaml") as file:
-        file.write(to_yaml(dataclasses.replace(config, train=stored)))
-    return config, prepared
+    """Train a model from text, into the folder `config.out`; see `run.carry_out`."""
+    return carry_out(Pretraining(tune), config, resume=resume, quiet=quiet, given=given)
 
 
 def _sizes(model: Decoder) -> str:
@@ -278,137 +235,39 @@ def refuse_too_large(shape: ModelConfig, optimizer: str, memory: int | None) -> 
         )
 
 
-def finish(
-    config: PretrainConfig, prepared: Prepared, model: Decoder, loop: Loop, line: LiveLine
-) -> dict[str, Any]:
-    """The figures, the picture and the model card of a run that reached its end."""
-    p, folder = loop.progress, Path(config.out)
-    rate = p.tokens / p.seconds if p.seconds else math.nan
-    summary: dict[str, Any] = {
-        "steps": p.step,
-        "tokens": p.tokens,
-        "parameters": parameter_count(model.config),
-        "seconds": round(p.seconds, 2),
-        "tokens_per_second": round(rate, 1),
-        "mfu": round(loop.utilisation(rate), 4),
-    }
-    if prepared.val is not None and len(prepared.val) > 1:
-        summary["val_loss"] = p.val_loss
-        summary["best_val_loss"] = p.best_val_loss
-    else:
-        save_folder(model, prepared.tokenizer, folder / "model")
-    if prepared.val is not None and prepared.val_bytes and len(prepared.val) > 1:
-        seq_len = config.data.seq_len
-        if config.train.keep_best and p.best_step != p.step:
-            dtype = model.compute_dtype
-            best = load_folder(folder / "model")[0]  # the figures are those of what is kept
-            assert isinstance(best, Decoder)
-            model = best
-            model.to(loop.device)
-            model.compute_dtype = dtype
-        nats, targets = 0.0, 0
-        stride = max(1, seq_len // 2)
-        for part, count in nats_of(model, prepared.val, seq_len, stride):
-            nats, targets = nats + part, targets + count
-            line.show(f"Evaluating: {targets:,} of {len(prepared.val):,} tokens")
-        if prepared.tokenizer.eos_id is None:
-            # Nothing stands before a document's first token: it is charged as a uniform draw.
-            nats += prepared.val.documents * math.log(prepared.tokenizer.vocab_size)
-        summary["bits_per_byte"] = bits_per_byte(nats, prepared.val_bytes)
-    write_json(folder / "summary.json", summary)
-    plot_losses(
-        folder, f"{folder.name}: {config.model.family}, {summary['parameters'] / 1e6:.2f} M"
-    )
-    write_card(folder, config, summary, prepared)
-    remove_asides(folder)
-    return summary
+def kept_model(folder: Path, loop: Loop) -> Decoder:
+    """The best model, from the run's `model/`, where and as precise as the trained one."""
+    best = load_folder(folder / "model")[0]
+    assert isinstance(best, Decoder)
+    best.to(loop.device)
+    best.compute_dtype = loop.model.compute_dtype  # type: ignore[assignment]
+    return best
 
 
-def write_card(
-    folder: Path, config: PretrainConfig, summary: dict[str, Any], prepared: Prepared
-) -> None:
-    """model/README.md: what this model is, from what, how good, under which licence."""
-    figures = "\n".join(
-        f"| {name} | {value:.4f} |" if isinstance(value, float) else f"| {name} | {value} |"
-        for name, value in summary.items()
-    )
+def held_out_bits_per_byte(
+    config: PretrainConfig, prepared: Prepared, model: Decoder, line: LiveLine
+) -> float:
+    """Bits per byte of the validation text, each token with at least half a window before it."""
+    assert prepared.val is not None
+    seq_len, nats, targets = config.data.seq_len, 0.0, 0
+    for part, count in nats_of(model, prepared.val, seq_len, max(1, seq_len // 2)):
+        nats, targets = nats + part, targets + count
+        line.show(f"Evaluating: {targets:,} of {len(prepared.val):,} tokens")
+    if prepared.tokenizer.eos_id is None:
+        # Nothing stands before a document's first token: it is charged as a uniform draw.
+        nats += prepared.val.documents * math.log(prepared.tokenizer.vocab_size)
+    return bits_per_byte(nats, prepared.val_bytes)
+
+
+def facts_of(config: PretrainConfig, prepared: Prepared) -> list[str]:
+    """What the model card says of text and tokenizer."""
     source = (
         "the Python standard library and its help topics (PSF licence)"
         if tuple(config.data.paths) == (PYTHON,)
         else "the user's own files; their licence holds for what is made of them"
     )
-    with write_aside(folder / "model" / "README.md") as file:
-        file.write(
-            f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
-            f"# {folder.name}\n\nA {config.model.family} language model trained from scratch with "
-            f"scratchlm.\n\n- Training text: {source}; SHA-256 `{prepared.hashes['train']}`\n"
-            f"- Validation text: SHA-256 `{prepared.hashes['val']}`\n"
-            f"- Tokenizer: {prepared.tokenizer.kind}, {prepared.tokenizer.vocab_size} entries\n\n"
-            f"| figure | value |\n|---|---|\n{figures}\n"
-        )
-
-
-# --- folders and resuming ------------------------------------------------------------------------
-
-
-def refuse_used_folder(folder: Path) -> None:
-    """A run folder with something in it is never written over."""
-    if (folder / "config.yaml").exists():
-        raise UserError(
-            f"{folder} already holds a run. Choose another --out, or go on with it: "
-            f"scratchlm pretrain --out {folder} --resume"
-        )
-    if not folder.is_dir():
-        return
-    remove_asides(folder)
-    if {entry.name for entry in folder.iterdir()} <= set(PREPARATION):
-        remove_preparation(folder)  # a run that was killed before its first step
-    if any(folder.iterdir()):
-        raise UserError(f"The folder {folder} is not empty. Choose another --out.")
-
-
-def remove_preparation(folder: Path) -> None:
-    """Take away what `start` writes before config.yaml."""
-    for name in PREPARATION:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def resumed_config(
-    folder: Path, config: PretrainConfig, given: dict[str, Any] | None
-) -> PretrainConfig:
-    """The saved settings; a given one that contradicts them is refused by name."""
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(
-            f"{folder} holds no run to resume: there is no {path}. Check --out, or start a run "
-            "without --resume."
-        )
-    saved = from_dict(PretrainConfig, read_yaml(path))
-    was, now, usual = (flatten(to_dict(c)) for c in (saved, config, PretrainConfig()))
-    asked = set(flatten(given)) if given is not None else {n for n in now if now[n] != usual[n]}
-    for name in sorted(asked):
-        value = now[name]
-        settled = value == "auto" and name in ("train.device", "train.precision")
-        free = name == "out" or name.removeprefix("train.") in IDENTITY_FREE or settled
-        if not free and value != was[name]:
-            raise UserError(
-                f"--{name} is {value}, but the run in {folder} was started with {was[name]}. "
-                "Leave the flag out to resume, or start a new run."
-            )
-    train = dataclasses.replace(saved.train, stop_after=config.train.stop_after)
-    return dataclasses.replace(saved, out=str(folder), train=train)
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'train': {'seed': 1}} -> {'train.seed': 1}."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
+    return [
+        f"Training text: {source}; SHA-256 `{prepared.hashes['train']}`",
+        f"Validation text: SHA-256 `{prepared.hashes['val']}`",
+        f"Tokenizer: {prepared.tokenizer.kind}, {prepared.tokenizer.vocab_size} entries",
+    ]

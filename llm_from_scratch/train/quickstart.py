@@ -12,7 +12,8 @@ from llm_from_scratch.core.device import synchronise
 from llm_from_scratch.core.runlog import LiveLine, write_json
 from llm_from_scratch.evaluate.bits_per_byte import compressor_bits_per_byte
 from llm_from_scratch.train.prepare import PYTHON, Prepared
-from llm_from_scratch.train.pretrain import Run, build, make_loop, pretrain
+from llm_from_scratch.train.pretrain import build, make_loop, pretrain
+from llm_from_scratch.train.run import Run
 from llm_from_scratch.train.settings import PretrainConfig
 
 SECONDS = 216.0  # what the whole quickstart may take
@@ -83,7 +84,7 @@ def quickstart(
         for documents in prepared.documents:
             texts.append("\n".join(document.text for document in documents).encode())
         prepared.documents = None  # not needed while training
-        if "max_steps" in asked.get("train", {}):
+        if {"max_steps", "epochs"} & set(asked.get("train", {})):
             return config
         left = seconds - AFTERWARDS - (time.monotonic() - began)
         steps, step_s = steps_that_fit(config, prepared, 0.95 * max(left, 1.0))

@@ -25,6 +25,8 @@ class TrainSettings:
 
     max_steps: int = 1000
     """Optimiser steps."""
+    epochs: float | None = None
+    """Passes over the training data; given, they decide max_steps."""
     batch_size: int = 32
     """Sequences per optimiser step, over all processes."""
     micro_batch_size: int | None = None
@@ -107,7 +109,7 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UserError(f"train.{name} is {value}; it must not be negative.")
-        for name in ("learning_rate", "muon_learning_rate"):
+        for name in ("learning_rate", "muon_learning_rate", "epochs"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"train.{name} is {value}; it must be above 0.")
