@@ -257,7 +257,7 @@ class GPTTrainer:
         """
         was_training = self.model.training
         self._loop.hooks = Hooks(val_batches=lambda: self._val_batches(max_batches))
-        loss = self._loop.evaluate()
+        loss = self._loop.evaluate()["val_loss"]
         self.model.train(was_training)
         return loss
 

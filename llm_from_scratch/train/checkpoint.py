@@ -1,8 +1,9 @@
 """Checkpoints: everything that the next step depends on, and no pickle.
 
-    checkpoints/step-120/model.safetensors       weights (tied ones once)
+    checkpoints/step-120/model.safetensors       weights that are trained (tied ones once)
     checkpoints/step-120/optimizer.safetensors   "0.17.exp_avg": optimiser, parameter, state
     checkpoints/step-120/rng.safetensors         generator states of each process
+    checkpoints/step-120/source.safetensors      what the data source keeps, if anything
     checkpoints/step-120/state.json              counters
 
 A checkpoint is written aside, flushed and renamed, and an old one is renamed before it is deleted:
@@ -28,8 +29,11 @@ STEP = re.compile(r"step-(\d+)$")
 
 
 def own_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter under its first name: tied weights once."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """Every parameter that is trained, under its first name: tied weights once.
+
+    What is frozen is as it was loaded, and need not be stored.
+    """
+    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -68,6 +72,7 @@ def save_checkpoint(
     rng: list[dict[str, Tensor]],
     state: dict[str, Any],
     keep: int,
+    source: dict[str, Tensor],
 ) -> Path:
     """Write checkpoints/step-N and delete all but the newest `keep`."""
     target = folder / f"step-{step}"
@@ -81,6 +86,9 @@ def save_checkpoint(
             save_file(moments, aside / "optimizer.safetensors")
             named = {f"{r}.{k}": v for r, states in enumerate(rng) for k, v in states.items()}
             save_file(named, aside / "rng.safetensors")
+            if source:
+                kept = {k: v.contiguous().cpu() for k, v in source.items()}
+                save_file(kept, aside / "source.safetensors")
         except Exception as error:
             # safetensors wraps the operating system's words in its own exception type.
             raise _explain(error, target) from error
@@ -103,13 +111,18 @@ def _explain(error: Exception, target: Path) -> Exception:
 
 def load_checkpoint(
     path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]
-) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
-    """Put a checkpoint's weights and moments in place; return its counters and RNG states."""
+) -> tuple[dict[str, Any], list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Put a checkpoint's weights and moments in place.
+
+    Returns its counters, the generators' states of each process, and what the source kept.
+    """
     try:
         state = read_json(path / "state.json")
         weights = load_file(path / "model.safetensors")
         moments = load_file(path / "optimizer.safetensors")
         rng_flat = load_file(path / "rng.safetensors")
+        kept = path / "source.safetensors"
+        source = load_file(kept) if kept.is_file() else {}
     except Exception as error:
         raise UserError(
             f"The checkpoint {path} is damaged ({error}); remove its folder and resume."
@@ -132,4 +145,4 @@ def load_checkpoint(
         while len(rng) <= int(rank):
             rng.append({})
         rng[int(rank)][name] = value
-    return state, rng
+    return state, rng, source

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from llm_from_scratch.core.errors import RunError, UserError
 from llm_from_scratch.core.files import remove_asides
 from llm_from_scratch.core.runlog import LiveLine, RunLog, clock
 from llm_from_scratch.train.checkpoint import load_checkpoint, save_checkpoint, step_folders
-from llm_from_scratch.train.losses import LossSum
+from llm_from_scratch.train.losses import LossSum, Sums
 from llm_from_scratch.train.optim import make_optimizers
 from llm_from_scratch.train.parallel import (
     World,
@@ -55,6 +55,17 @@ class Source(Protocol):
         """Sequences start..start+count-1 of the endless order."""
 
 
+@runtime_checkable
+class Stateful(Protocol):
+    """A source that makes its data with the model (rollouts) and keeps it in the checkpoints."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What later batches depend on besides the weights and their numbers."""
+
+    def restore_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take up what `state_tensors` gave."""
+
+
 class Method(Protocol):
     """What distinguishes one kind of training from another."""
 
@@ -64,12 +75,17 @@ class Method(Protocol):
 
 @dataclass
 class Hooks:
-    """What a method may add to the loop; every one is optional."""
+    """What a method may add to the loop; every one is optional.
+
+    `val_batches` go through the method's step, and its metrics are logged as `val_...`;
+    `val_figures` are logged besides, by the same rule. The best model is the one with the least
+    `val_loss`, which either of the two may bring.
+    """
 
     val_batches: Callable[[], Iterable[Any]] | None = None
+    val_figures: Callable[[nn.Module], dict[str, float]] | None = None
     sample: Callable[[nn.Module, int], None] | None = None
     save_best: Callable[[nn.Module], None] | None = None
-    tokens_per_step: int = 0
     flops_per_token: float = 0.0
 
 
@@ -156,41 +172,37 @@ class Loop:
             s.decay_share,
         )  # fmt: skip
 
-    def gradients(self, start: int) -> tuple[float, int, dict[str, float]]:
+    def gradients(self, start: int) -> Sums:
         """Leave the gradient of the mean loss of one batch in the parameters.
 
-        Returns (mean loss in nats, global count, mean metrics) of the sequences from `start` on.
+        Returns what the steps on the sequences from `start` on gave, over all processes.
         """
         s = self.settings
         first, mine = share(start, s.batch_size, self.world)
         micro = s.micro_batch_size or max(1, s.batch_size)
-        sums = torch.zeros(2, dtype=torch.float64)
-        metrics: dict[str, Tensor] = {}
+        sums = Sums()
         for offset in range(0, mine, micro):
             batch = self.source.batch(first + offset, min(micro, mine - offset))
             result = self._run_step(self.model, to_device(batch, self.device))
             result.loss_sum.backward()
-            sums += torch.tensor([result.loss_sum.item(), float(result.count)], dtype=torch.float64)
-            for name, value in result.metrics.items():
-                metrics[name] = metrics.get(name, torch.zeros(())) + value.detach().cpu()
+            sums.add(result)
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        names = sorted(metrics)
-        add_up([*grads, sums, *(metrics[n] for n in names)], self.world)
-        loss_sum, count = sums.tolist()
-        if count < 1:
+        add_up([*grads, *sums.tensors()], self.world)
+        if sums.count < 1:
             raise RunError(
                 f"Step {self.progress.step + 1} has no token to learn from: every target of its "
                 "batch is masked. Look at the data's loss mask."
             )
-        torch._foreach_div_(grads, count)
-        return loss_sum / count, int(count), figures({n: metrics[n] / count for n in names})
+        torch._foreach_div_(grads, sums.count)
+        return sums
 
     def step(self) -> dict[str, float]:
         """One optimiser step; raises before the weights change if the loss is not finite."""
-        loss, count, metrics = self.gradients(self.progress.step * self.settings.batch_size)
+        sums = self.gradients(self.progress.step * self.settings.batch_size)
+        loss, metrics = sums.loss, sums.metric_means()
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         if not math.isfinite(loss) or not math.isfinite(norm.item()):
@@ -208,7 +220,7 @@ class Loop:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
-        self.progress.tokens += self.hooks.tokens_per_step or count
+        self.progress.tokens += sums.tokens
         rate_now = self.settings.learning_rate * rate
         return {"loss": loss, "learning_rate": rate_now, "grad_norm": norm.item(), **metrics}
 
@@ -249,18 +261,17 @@ class Loop:
 
     def _step_and_report(self) -> None:
         synchronise(self.device)
-        start = time.perf_counter()
+        start, before = time.perf_counter(), self.progress.tokens
         values = self.step()
         synchronise(self.device)
         seconds = time.perf_counter() - start
         p = self.progress
         p.seconds += seconds
         p.train_losses.append(values["loss"])
-        rate = self.hooks.tokens_per_step / seconds
+        rate = (p.tokens - before) / seconds
         values["tokens_per_second"] = rate
         text = f"step {p.step}/{self.settings.max_steps} | loss {values['loss']:.3f}"
-        if rate:
-            text += f" | {rate:,.0f} tokens/s"
+        text += f" | {rate:,.0f} tokens/s"
         if self.peak_flops:
             values["mfu"] = self.utilisation(rate)
             text += f" | MFU {values['mfu']:.0%}"
@@ -276,7 +287,8 @@ class Loop:
         def due(every: int) -> bool:
             return last or (every > 0 and step % every == 0)
 
-        if self.hooks.val_batches is not None and due(s.eval_every):
+        looks = self.hooks.val_batches is not None or self.hooks.val_figures is not None
+        if looks and due(s.eval_every):
             self._evaluate_and_keep_best()
             if s.patience and self.progress.evals_without_gain >= s.patience:
                 self.line.say(f"No better validation loss for {s.patience} evaluations: stopping.")
@@ -292,10 +304,11 @@ class Loop:
 
     def _evaluate_and_keep_best(self) -> None:
         p = self.progress
-        p.val_loss = self.evaluate()
+        found = self.evaluate()
+        p.val_loss = found["val_loss"]
         p.val_losses.append(p.val_loss)
         if self._log is not None:
-            self._log.write(p.step, val_loss=p.val_loss)
+            self._log.write(p.step, **found)
         better = p.val_loss < p.best_val_loss
         self.line.say(
             f"step {p.step}: validation loss {p.val_loss:.4f}"
@@ -310,20 +323,23 @@ class Loop:
             self.hooks.save_best(self.model)
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean loss over the validation batches, in nats; inf when there are none."""
-        assert self.hooks.val_batches is not None
+    def evaluate(self) -> dict[str, float]:
+        """`val_loss`, the mean over the validation batches in nats, and whatever else is measured.
+
+        The loss is inf when there is nothing to measure it on.
+        """
         self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
-        for number, batch in enumerate(self.hooks.val_batches()):
+        sums = Sums()
+        for number, batch in enumerate(self.hooks.val_batches() if self.hooks.val_batches else ()):
             if number % self.world.size == self.world.rank:
-                result = self.method.step(self.model, to_device(batch, self.device))
-                sums += torch.tensor(
-                    [result.loss_sum.item(), float(result.count)], dtype=torch.float64
-                )
-        add_up([sums], self.world)
+                sums.add(self.method.step(self.model, to_device(batch, self.device)))
+        add_up(sums.tensors(), self.world)
+        found = {"val_loss": sums.loss if sums.count else math.inf}
+        found |= {f"val_{name}": value for name, value in sums.metric_means().items()}
+        if self.hooks.val_figures is not None:
+            found |= self.hooks.val_figures(self.model)
         self.model.train()
-        return (sums[0] / sums[1]).item() if sums[1] else math.inf
+        return found
 
     # --- checkpoints -------------------------------------------------------------------------
 
@@ -340,6 +356,7 @@ class Loop:
             save_checkpoint(
                 self.folder / "checkpoints", self.progress.step, self.model, self.optimizers, rng,
                 self.progress.to_state(), self.settings.keep_checkpoints,
+                self.source.state_tensors() if isinstance(self.source, Stateful) else {},
             )  # fmt: skip
         wait_for_all(self.world)
 
@@ -354,13 +371,15 @@ class Loop:
             return 0
         step, path = found[-1]
         self._saved = step
-        state, rng = load_checkpoint(path, self.model, self.optimizers)
+        state, rng, own = load_checkpoint(path, self.model, self.optimizers)
         if len(rng) != self.world.size:
             raise UserError(
                 f"{path} was written by {len(rng)} processes, but {self.world.size} resume it; "
                 f"start torchrun with --nproc_per_node {len(rng)}."
             )
         self.progress.restore(state)
+        if isinstance(self.source, Stateful):
+            self.source.restore_tensors(own)
         set_rng_state(rng[self.world.rank], self.device)
         return step
 
@@ -379,17 +398,6 @@ def compiled(
         )
         return method.step
     return torch.compile(method.step)
-
-
-def figures(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """What is logged of a step's metrics: of several numbers, the smallest and the largest."""
-    found: dict[str, float] = {}
-    for name, value in metrics.items():
-        if value.numel() == 1:
-            found[name] = value.item()
-        else:
-            found |= {f"{name}_min": value.min().item(), f"{name}_max": value.max().item()}
-    return found
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

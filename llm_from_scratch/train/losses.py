@@ -28,12 +28,62 @@ class LossSum:
     """The loss summed over `count` targets, and further sums to be divided by the same count.
 
     `count` is a number or a tensor with one; a tensor spares the device a stop per micro-batch. A
-    metric of several numbers is logged as the smallest and the largest of them.
+    metric of several numbers is logged as the smallest and the largest of them. `tokens` is how
+    many tokens the model read, padding left out, where they are not as many as the targets.
     """
 
     loss_sum: Tensor
     count: int | Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int | None = None
+
+
+class Sums:
+    """What the steps of one batch, or of a validation set, add up to."""
+
+    def __init__(self) -> None:
+        self.totals = torch.zeros(3, dtype=torch.float64)  # loss, targets, tokens
+        self.metrics: dict[str, Tensor] = {}
+
+    def add(self, result: LossSum) -> None:
+        """One more micro-batch."""
+        count = float(result.count)
+        parts = [
+            result.loss_sum.item(),
+            count,
+            float(count if result.tokens is None else result.tokens),
+        ]
+        self.totals += torch.tensor(parts, dtype=torch.float64)
+        for name, value in result.metrics.items():
+            before = self.metrics.get(name, torch.zeros(()))
+            self.metrics[name] = before + value.detach().cpu()
+
+    def tensors(self) -> list[Tensor]:
+        """All sums, in an order that every process has."""
+        return [self.totals, *(self.metrics[name] for name in sorted(self.metrics))]
+
+    @property
+    def count(self) -> float:
+        return self.totals[1].item()
+
+    @property
+    def tokens(self) -> int:
+        return int(self.totals[2])
+
+    @property
+    def loss(self) -> float:
+        return self.totals[0].item() / self.count
+
+    def metric_means(self) -> dict[str, float]:
+        """What is logged of the metrics: of several numbers, the smallest and the largest."""
+        found: dict[str, float] = {}
+        for name in sorted(self.metrics):
+            value = self.metrics[name] / self.count
+            if value.numel() == 1:
+                found[name] = value.item()
+            else:
+                found |= {f"{name}_min": value.min().item(), f"{name}_max": value.max().item()}
+        return found
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -62,7 +112,7 @@ def with_balance(result: LossSum, model: nn.Module, targets_bt: Tensor) -> LossS
     shares_le = torch.stack([(visit_shares(r) * targets_b[:, None]).sum(0) for r in found])
     metrics = {**result.metrics, "balance": balance.detach(), "expert_share": shares_le}
     loss_sum = result.loss_sum + experts[0].settings.balance * balance
-    return LossSum(loss_sum, result.count, metrics)
+    return LossSum(loss_sum, result.count, metrics, result.tokens)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

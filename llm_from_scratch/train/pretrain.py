@@ -55,7 +55,8 @@ class NextToken:
         hidden = model.hidden(batch.tokens, document_ids_bt=batch.document_ids)
         targets = batch.targets
         loss_sum = next_token_loss_sum(model, hidden, targets)
-        result = LossSum(loss_sum, (targets != IGNORED).sum())
+        count = (targets != IGNORED).sum()
+        result = LossSum(loss_sum, count, tokens=targets.numel())
         return with_balance(result, model, targets) if model.training else result
 
 
@@ -119,10 +120,7 @@ def make_loop(
     """The loop of a pretraining run, with evaluation, samples and the best model."""
     seq_len, batch = config.data.seq_len, config.train.batch_size
     source = PackedTokens(prepared.train, seq_len, config.train.seed)
-    hooks = Hooks(
-        tokens_per_step=batch * seq_len,
-        flops_per_token=training_flops_per_token(model.config, seq_len),
-    )
+    hooks = Hooks(flops_per_token=training_flops_per_token(model.config, seq_len))
     val = prepared.val
     if val is not None and len(val) > 1:
         rows = min(batch, 16)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,34 +71,3 @@ class Seq2Seq:
         hidden = model.hidden(seen, encoded, attention_mask=batch.source_mask)
         loss_sum = next_token_loss_sum(model, hidden, batch.labels)
         return LossSum(loss_sum, (batch.labels != IGNORED).sum())
-
-
-class Pairs:
-    """Pairs of source and target ids by number, shuffled anew in each epoch.
-
-    Which pair is number i depends on (pairs, seed, i) alone: a resumed run sees the same ones.
-    """
-
-    def __init__(
-        self, pairs: Sequence[tuple[Ids, Ids]], seed: int = 0, end_id: int | None = None
-    ) -> None:
-        if not pairs:
-            raise UserError("There is no pair to learn from; give at least one.")
-        self.pairs, self.seed, self.end_id = pairs, seed, end_id
-        self._orders: dict[int, list[int]] = {}
-
-    def batch(self, start: int, count: int) -> Seq2SeqBatch:
-        """Pairs number `start` to `start + count - 1` (from 0, over all epochs)."""
-        chosen = []
-        for number in range(start, start + count):
-            epoch, place = divmod(number, len(self.pairs))
-            chosen.append(self.pairs[self._order(epoch)[place]])
-        return pad_pairs(chosen, self.end_id)
-
-    def _order(self, epoch: int) -> list[int]:
-        if epoch not in self._orders:
-            # Raw bits and a stable sort are promised to be the same in every version of numpy.
-            bits = np.random.PCG64(np.random.SeedSequence([self.seed % 2**64, epoch]))
-            order = np.argsort(bits.random_raw(len(self.pairs)), kind="stable")
-            self._orders = {epoch: order.tolist()}  # a batch seldom lies across two epochs
-        return self._orders[epoch]

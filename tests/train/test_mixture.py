@@ -17,7 +17,8 @@ from llm_from_scratch.data.loader import Batch
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.experts import experts_of
 from llm_from_scratch.model.presets import FAMILIES, WINDOWED, ModelSettings, resolve
-from llm_from_scratch.train.loop import Loop, figures
+from llm_from_scratch.train.loop import Loop
+from llm_from_scratch.train.losses import LossSum, Sums
 from llm_from_scratch.train.optim import Muon, make_optimizers
 from llm_from_scratch.train.pretrain import NextToken, pretrain
 from llm_from_scratch.train.settings import TrainSettings
@@ -46,9 +47,13 @@ def gradients_of(
     device = torch.device("cpu")
     loop = Loop(model, NextToken(), RaggedSource(), settings, device=device, quiet=True)
     model.train()
-    loss, count, metrics = loop.gradients(0)
-    assert count == 2 * (1 + 12 + 3 + 7)
-    return loss, metrics, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    sums = loop.gradients(0)
+    assert sums.count == 2 * (1 + 12 + 3 + 7)
+    return (
+        sums.loss,
+        sums.metric_means(),
+        [p.grad.clone() for p in model.parameters() if p.grad is not None],
+    )
 
 
 @pytest.mark.parametrize("micro", [4, 2, 1, 3])
@@ -76,8 +81,10 @@ def test_the_balance_is_part_of_what_is_learnt() -> None:
 
 
 def test_a_metric_of_several_numbers_is_logged_as_its_ends() -> None:
-    several = {"a": torch.tensor(2.0), "b": torch.tensor([[0.5, 3.0], [1.0, 0.25]])}
-    assert figures(several) == {"a": 2.0, "b_min": 0.25, "b_max": 3.0}
+    several = {"a": torch.tensor(8.0), "b": torch.tensor([[2.0, 12.0], [4.0, 1.0]])}
+    sums = Sums()
+    sums.add(LossSum(torch.tensor(3.0), 4, several))
+    assert sums.metric_means() == {"a": 2.0, "b_min": 0.25, "b_max": 3.0}
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from llm_from_scratch.generate.engine import generate_tokens
 from llm_from_scratch.generate.sampling import SamplingSettings
 from llm_from_scratch.model.config import EncoderDecoderConfig, ModelConfig
 from llm_from_scratch.model.encoder_decoder import EncoderDecoder
+from llm_from_scratch.train.examples import Examples
 from llm_from_scratch.train.loop import Loop
 from llm_from_scratch.train.losses import IGNORED
-from llm_from_scratch.train.seq2seq import Pairs, Seq2Seq, decoder_input, pad_pairs
+from llm_from_scratch.train.seq2seq import Seq2Seq, decoder_input, pad_pairs
 from llm_from_scratch.train.settings import TrainSettings
 from llm_from_scratch.weights.folder import load_folder, save_folder
 from tests.model.references_seq2seq import make_seq2seq
@@ -59,7 +61,14 @@ def test_it_learns_to_copy(tmp_path: Path) -> None:
         max_steps=200, batch_size=16, learning_rate=1e-2, warmup_steps=10, weight_decay=0.0,
         seed=1, eval_every=0, checkpoint_every=0,
     )  # fmt: skip
-    loop = Loop(model, Seq2Seq(), Pairs(pairs(), end_id=END), settings, device=CPU, quiet=True)
+    loop = Loop(
+        model,
+        Seq2Seq(),
+        Examples(pairs(), partial(pad_pairs, end_id=END)),
+        settings,
+        device=CPU,
+        quiet=True,
+    )
     losses = loop.train().train_losses
     assert losses[0] > 2.0 and sum(losses[-10:]) / 10 < 0.1
     save_folder(model, None, tmp_path / "model")
@@ -78,10 +87,21 @@ def test_it_learns_to_copy(tmp_path: Path) -> None:
 def gradients(batch_size: int, micro: int) -> tuple[float, int, dict[str, torch.Tensor]]:
     model = tiny()
     settings = TrainSettings(batch_size=batch_size, micro_batch_size=micro)
-    loop = Loop(model, Seq2Seq(), Pairs(pairs(), end_id=END), settings, device=CPU, quiet=True)
+    loop = Loop(
+        model,
+        Seq2Seq(),
+        Examples(pairs(), partial(pad_pairs, end_id=END)),
+        settings,
+        device=CPU,
+        quiet=True,
+    )
     model.train()
-    loss, count, _ = loop.gradients(0)
-    return loss, count, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    sums = loop.gradients(0)
+    return (
+        sums.loss,
+        int(sums.count),
+        {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+    )
 
 
 @pytest.mark.parametrize("micro", [4, 2, 3])
@@ -133,13 +153,13 @@ def test_what_the_decoder_sees() -> None:
 
 def test_pairs_come_once_per_epoch_in_another_order() -> None:
     known = [([n], [n]) for n in range(2, 9)]
-    source = Pairs(known, seed=3)
+    source = Examples(known, pad_pairs, seed=3)
     seen = [source.batch(number, 1).source.item() for number in range(21)]
     epochs = [seen[:7], seen[7:14], seen[14:]]
     assert all(sorted(epoch) == list(range(2, 9)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert source.batch(5, 4).source.flatten().tolist() == seen[5:9]
-    with pytest.raises(UserError, match="no pair"):
-        Pairs([])
+    with pytest.raises(UserError, match="no example"):
+        Examples([], pad_pairs)
     with pytest.raises(UserError, match="no source or no target"):
         pad_pairs([([1], [])])
