@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, bool]] = {
     "quickstart": ("train a model on this machine in minutes and talk to it", True),
     "tokenizer": ("train a tokenizer, or see how one cuts a text", False),
     "pretrain": ("train a language model from your own text", True),
+    "finetune": ("teach a model: instructions, labels, names, preferences, rewards", True),
     "generate": ("continue a prompt, or answer one with --chat", False),
     "chat": ("talk with a model in the terminal", False),
     "serve": ("serve models over HTTP (OpenAI's protocol), with a web page", False),

@@ -16,7 +16,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -276,13 +276,24 @@ def settings_epilog(cls: type) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are sentences, the same under every version of Python."""
+    """argparse whose errors are sentences, the same under every version of Python.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    `late_epilog` makes the last part of the help when somebody asks for it.
+    """
+
+    def __init__(
+        self, *args: Any, late_epilog: Callable[[], str] | None = None, **kwargs: Any
+    ) -> None:
+        self.late_epilog = late_epilog
         # Flags are written out: an abbreviation would change its meaning with the next flag.
         if kwargs.get("description"):  # the examples behind it are kept as they are, so it is not
             kwargs["description"] = textwrap.fill(kwargs["description"], 79)
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def format_help(self) -> str:
+        if self.late_epilog is not None:
+            self.epilog = self.late_epilog()
+        return super().format_help()
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{_reworded(message)} See {self.prog} --help.")

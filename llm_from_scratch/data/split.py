@@ -31,7 +31,7 @@ def split_documents(
     if len(documents) == 1:
         return _cut(documents[0], val_fraction)
     wanted, drawn, chosen = val_fraction * total, 0, set[int]()
-    for number in _drawing_order(len(documents), seed):
+    for number in drawing_order(len(documents), seed):
         size = len(documents[number].text)
         # Taken only if it brings the sum nearer to the mark: one huge document must not become
         # the whole validation side because it was drawn first.
@@ -59,7 +59,7 @@ def _cut(document: Document, val_fraction: float) -> tuple[list[Document], list[
     return [Document(train, document.source)], [Document(validation, document.source)]
 
 
-def _drawing_order(count: int, seed: int) -> list[int]:
+def drawing_order(count: int, seed: int) -> list[int]:
     """A permutation that no version of any library changes."""
     key = {n: hashlib.sha256(f"{seed}/{n}".encode()).digest() for n in range(count)}
     return sorted(range(count), key=key.__getitem__)

@@ -1,0 +1,112 @@
+"""`scratchlm finetune METHOD MODEL`: a run from rows of data and a model to a better model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from llm_from_scratch.core.config import (
+    Parser,
+    from_dict,
+    from_flags,
+    merge,
+    read_yaml,
+    settings_epilog,
+    to_yaml,
+)
+from llm_from_scratch.core.errors import UserError
+
+# What each method is for, without importing it: --help must not wait for PyTorch.
+EXAMPLES = """examples:
+  scratchlm finetune sft smollm2-135m --data chats.jsonl --out runs/chat
+  scratchlm finetune sft smollm2-135m --data chats.jsonl --lora.rank 16 --out runs/adapter
+  scratchlm finetune sft --out runs/chat --resume
+
+scratchlm finetune METHOD --help lists the settings of a method.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    from llm_from_scratch.train.methods.names import METHODS
+
+    parser = subparsers.add_parser(
+        "finetune",
+        help="teach a model from rows of data",
+        description="Teach a model: the loop, adapters, splits and reports are the same for all "
+        "methods.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    methods = parser.add_subparsers(
+        parser_class=Parser, dest="method", metavar="METHOD", required=True
+    )
+    for name, method in METHODS.items():
+        one = methods.add_parser(
+            name,
+            help=method.purpose,
+            description=f"{method.purpose[0].upper()}{method.purpose[1:]}.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            late_epilog=lambda name=name: help_of(name),
+        )
+        one.add_argument("model", nargs="?", metavar="MODEL", help="what to start from")
+        one.add_argument("--data", nargs="+", metavar="FILE", help="the rows to learn from")
+        one.add_argument("--val", nargs="+", metavar="FILE", help="the best model is chosen here")
+        one.add_argument("--test", nargs="+", metavar="FILE", help="the result is measured here")
+        one.add_argument("--out", metavar="DIR", help="the run folder")
+        one.add_argument("--config", metavar="FILE", help="settings as YAML; flags win over it")
+        one.add_argument("--resume", action="store_true", help="go on with the run in --out")
+        one.add_argument("--print_config", action="store_true", help="print all settings and stop")
+        one.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def help_of(name: str) -> str:
+    """The examples and settings of a method, for its --help."""
+    from llm_from_scratch.train.methods import method_named
+    from llm_from_scratch.train.methods.names import METHODS
+
+    examples = "\n".join(f"  {line}" for line in METHODS[name].examples)
+    return f"examples:\n{examples}\n\n{settings_epilog(method_named(name).Config)}"
+
+
+def given_values(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """What --config and the flags say (flags win), nested by part."""
+    values: dict[str, Any] = read_yaml(args.config) if args.config else {}
+    values = merge(values, from_flags(args.settings, cls))
+    for flag, part in (("data", "paths"), ("val", "val"), ("test", "test")):
+        if getattr(args, flag):
+            values = merge(values, {"data": {part: getattr(args, flag)}})
+    for name in ("model", "out"):
+        if getattr(args, name):
+            values = merge(values, {name: getattr(args, name)})
+    return values
+
+
+def run(args: argparse.Namespace) -> int:
+    from llm_from_scratch.train.methods import method_named
+
+    cls = method_named(args.method).Config
+    given = given_values(args, cls)
+    if given.get("method", args.method) != args.method:
+        raise UserError(
+            f"{args.config} is for {given['method']}, not for {args.method}: run "
+            f"scratchlm finetune {given['method']} --config {args.config}."
+        )
+    given["method"] = args.method
+    config = from_dict(cls, given)
+    if args.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    from llm_from_scratch.train.finetune import finetune
+
+    result = finetune(args.method, config, resume=args.resume, given=given)
+    if result.interrupted:
+        return result.exit_code
+    if args.json:
+        print(json.dumps(result.summary))
+    elif result.summary:
+        for name, value in result.summary.items():
+            text = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
+            print(f"{name:<24} {text}")
+        print(f"\nThe run is in {result.folder}: see report.html there.")
+    return 0
