@@ -72,7 +72,11 @@ def help_of(name: str) -> str:
 def given_values(args: argparse.Namespace, cls: type) -> dict[str, Any]:
     """What --config and the flags say (flags win), nested by part."""
     values: dict[str, Any] = read_yaml(args.config) if args.config else {}
-    values = merge(values, from_flags(args.settings, cls))
+    flags = from_flags(args.settings, cls)
+    if "max_steps" in flags.get("train", {}) and not args.resume:
+        # Steps that are asked for win over the passes that a method takes by default.
+        flags["train"].setdefault("epochs", None)
+    values = merge(values, flags)
     for flag, part in (("data", "paths"), ("val", "val"), ("test", "test")):
         if getattr(args, flag):
             values = merge(values, {"data": {part: getattr(args, flag)}})

@@ -129,6 +129,23 @@ def test_every_setting_of_a_run_is_described() -> None:
     assert all(text.endswith(".") for _, _, text in rows)
 
 
+@dataclass(frozen=True)
+class Swift(Outer):
+    """A run of another kind: what it adds, and what it does by default."""
+
+    inner: Inner = field(default_factory=lambda: Inner(rate=9.0, name="swift"))
+    wings: int = 2
+    """How many."""
+
+
+def test_a_part_keeps_the_defaults_of_the_run_that_it_is_in() -> None:
+    assert from_dict(Swift, {"inner": {"steps": 7}}).inner == Inner(9.0, 7, "swift")
+    assert from_dict(Swift, {"inner": {"name": None}}).inner.name is None
+    assert from_dict(Swift, to_dict(Swift(wings=4))) == Swift(wings=4)
+    rows = {flag: (default, text) for flag, default, text in describe(Swift)}
+    assert rows["inner.rate"] == ("9.0", "How fast.") and rows["wings"] == ("2", "How many.")
+
+
 def test_nearest_says_nothing_when_nothing_is_near() -> None:
     assert nearest("xyz", ["learning_rate"]) == ""
     assert nearest("lerning_rate", ["learning_rate", "seed"]) == " Did you mean 'learning_rate'?"

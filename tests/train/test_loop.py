@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
 from llm_from_scratch.core import files
 from llm_from_scratch.core.config import from_dict, read_yaml
 from llm_from_scratch.core.errors import RunError, UserError
 from llm_from_scratch.core.runlog import read_metrics
-from llm_from_scratch.data.loader import Batch
+from llm_from_scratch.data.loader import Batch, PackedTokens
+from llm_from_scratch.data.shards import TokenStore
 from llm_from_scratch.train import loop as loop_module
 from llm_from_scratch.train.loop import Hooks, Loop
 from llm_from_scratch.train.losses import LossSum
@@ -274,3 +277,76 @@ def test_compiled_steps_learn_what_plain_steps_learn() -> None:
         )  # fmt: skip
         losses.append(loop.train().train_losses)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_epochs_decide_the_steps(tmp_path: Path) -> None:
+    short = config(tmp_path, train={"epochs": 0.5})
+    run = pretrain(short, quiet=True)
+    saved = from_dict(PretrainConfig, read_yaml(run.folder / "config.yaml"))
+    windows = len(PackedTokens(TokenStore.open(run.folder / "tokens" / "train"), 16, 3))
+    assert saved.train.max_steps == run.summary["steps"] == math.ceil(0.5 * windows / 4)
+    again = PretrainConfig(out=str(run.folder))
+    assert pretrain(again, resume=True, quiet=True).summary["steps"] == saved.train.max_steps
+
+
+class Measured:
+    """A method with a metric, and a source that remembers what it has given out."""
+
+    def __init__(self) -> None:
+        self.given = torch.zeros(1)
+        self.rows = RaggedSource()
+
+    def step(self, model: nn.Module, batch: Batch) -> LossSum:
+        result = NextToken().step(model, batch)
+        known = (batch.targets != -100).sum()
+        return LossSum(result.loss_sum, result.count, {"known": 2.0 * known})
+
+    def batch(self, start: int, count: int) -> Batch:
+        self.given += count
+        return self.rows.batch(start, count)
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        return {"given": self.given}
+
+    def restore_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.given.copy_(tensors["given"])
+
+
+def test_validation_metrics_and_a_sources_state(tmp_path: Path) -> None:
+    def loop(steps: int) -> tuple[Loop, Measured]:
+        method = Measured()
+        hooks = Hooks(
+            val_batches=lambda: [method.rows.batch(100, 4), method.rows.batch(104, 3)],
+            val_figures=lambda model: {"val_extra": 0.25},
+        )
+        settings = TrainSettings(max_steps=4, batch_size=4, stop_after=steps, eval_every=2)
+        device = torch.device("cpu")
+        return Loop(
+            tiny_model(), method, method, settings, device=device, folder=tmp_path, hooks=hooks,
+            quiet=True,
+        ), method  # fmt: skip
+
+    first, _ = loop(2)
+    first.train()
+    second, method = loop(4)
+    assert second.resume() == 2 and method.given.item() == 8
+    second.train()
+    assert method.given.item() == 16
+    found = [record for record in read_metrics(tmp_path) if "val_loss" in record]
+    assert [record["step"] for record in found] == [2, 4]
+    assert all(r["val_known"] == 2.0 and r["val_extra"] == 0.25 for r in found)
+    assert all(r["known"] == 2.0 for r in read_metrics(tmp_path) if "loss" in r)
+
+
+def test_what_is_frozen_is_not_in_the_checkpoints(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.embedding.weight.requires_grad_(False)
+    before = model.embedding.weight.detach().clone()
+    settings = TrainSettings(max_steps=2, batch_size=4)
+    device = torch.device("cpu")
+    Loop(
+        model, NextToken(), RaggedSource(), settings, device=device, folder=tmp_path, quiet=True
+    ).train()
+    stored = load_file(tmp_path / "checkpoints" / "step-2" / "model.safetensors")
+    assert "embedding.weight" not in stored and "final_norm.weight" in stored
+    assert torch.equal(model.embedding.weight, before)
