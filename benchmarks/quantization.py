@@ -8,15 +8,17 @@ C4 and other works of Aozora Bunko. Embedding and norms stay in bf16 (in the GGU
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import math
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import data_file, median, parser, record, wait_for_quiet
+from common import commit, data_file, median, parser, record, wait_for_quiet
 
 import llm_from_scratch as llm
 from llm_from_scratch.generate.generate import complete
@@ -95,7 +97,7 @@ def perplexity(model: Any, rows: torch.Tensor) -> float:
 def make(name: str, folder: Path, text: Path, samples: int) -> tuple[Path | str, dict[str, Any]]:
     """The folder of one variant, written if it is one, and what is known of it."""
     settings = VARIANTS[name]
-    out = folder / name.replace(" ", "_").replace(":", "of")
+    out = folder / slug(name)
     if settings is None:
         return MODEL, {}
     calibrated = settings.get("method") in ("gptq", "wanda")
@@ -117,12 +119,42 @@ def bits_of(model: Any) -> float:
     return 8 * sum(p.nbytes for p in parts) / sum(p.out_features * p.in_features for p in parts)
 
 
+def prepared(
+    name: str, place: Path, texts: dict[str, str], tokens: int, samples: int
+) -> tuple[Path | str, dict[str, Any]]:
+    """A variant's folder and all of its figures but the speed; those in `place` are taken over."""
+    done = place / f"{slug(name)}.json"
+    settings = {"tokens": tokens, "samples": samples}
+    if done.is_file():
+        kept = json.loads(done.read_text(encoding="utf-8"))
+        if kept["settings"] == settings:
+            return MODEL if VARIANTS[name] is None else place / slug(name), kept["result"]
+    shutil.rmtree(place / slug(name), ignore_errors=True)  # of an interrupted run
+    path, known = make(name, place, place / "calibration.txt", samples)
+    model, tokenizer = llm.load(path, device="cpu")
+    result = {"commit": commit(), "bits_per_weight": bits_of(model), **known}
+    if VARIANTS[name] is None:
+        result["bytes"] = gguf_bytes()
+    for text, content in texts.items():
+        rows = windows(tokenizer, content, tokens)
+        result[f"perplexity, {text}"] = perplexity(model, rows)
+        result[f"tokens, {text}"] = rows.numel()
+    done.write_text(json.dumps({"settings": settings, "result": result}), encoding="utf-8")
+    return path, result
+
+
+def slug(name: str) -> str:
+    """A variant's name as that of a folder."""
+    return name.replace(" ", "_").replace(":", "of")
+
+
 def main() -> None:
     made = parser(__doc__ or "", "quantization.json")
     made.add_argument("--tokens", type=int, default=65_536, help="of each text; 0: all of it")
     made.add_argument("--samples", type=int, default=128, help="windows of calibration")
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--runs", type=int, default=5, help="of writing, for the speed")
+    made.add_argument("--work", help="keep variants here, and go on with those that are there")
     made.add_argument("--only", nargs="*", default=[], help="variants whose names contain one")
     args = made.parse_args()
     torch.set_num_threads(args.threads)
@@ -130,21 +162,15 @@ def main() -> None:
     results: dict[str, Any] = {}
     models: dict[str, Any] = {}
     tokenizer: Any = None
-    with tempfile.TemporaryDirectory() as place:
-        calibration = Path(place) / "calibration.txt"
-        write_calibration(calibration)
+    with contextlib.ExitStack() as stack:
+        place = Path(args.work or stack.enter_context(tempfile.TemporaryDirectory()))
+        place.mkdir(parents=True, exist_ok=True)
+        write_calibration(place / "calibration.txt")
         for name in VARIANTS:
             if args.only and not any(part in name for part in args.only):
                 continue
-            path, known = make(name, Path(place), calibration, args.samples)
+            path, results[name] = prepared(name, place, texts, args.tokens, args.samples)
             models[name], tokenizer = llm.load(path, device="cpu")
-            results[name] = {"bits_per_weight": bits_of(models[name]), **known}
-            if VARIANTS[name] is None:
-                results[name]["bytes"] = gguf_bytes()
-            for text, content in texts.items():
-                rows = windows(tokenizer, content, args.tokens)
-                results[name][f"perplexity, {text}"] = perplexity(models[name], rows)
-                results[name][f"tokens, {text}"] = rows.numel()
             print(name, results[name], flush=True)
     wait_for_quiet(args.force, patience_s=3600.0)  # the long part is over; only speed needs quiet
     for _ in range(args.runs):  # interleaved, so that what disturbs one disturbs all
