@@ -36,6 +36,7 @@ from llm_from_scratch.generate.beam import Beams
 from llm_from_scratch.generate.fast import make_runner
 from llm_from_scratch.generate.pages import ROOT, Pages
 from llm_from_scratch.generate.requests import (
+    BASE,
     Feed,
     NewToken,
     Request,
@@ -49,9 +50,11 @@ from llm_from_scratch.generate.requests import (
 from llm_from_scratch.generate.runs import Run, Sampling
 from llm_from_scratch.generate.sampling import SamplingSettings, check_bias
 from llm_from_scratch.generate.speculative import Proposer
+from llm_from_scratch.model.adapters import adapter_names
 from llm_from_scratch.model.cache import PagePool
 from llm_from_scratch.model.config import ModelConfig
 from llm_from_scratch.model.encoder_decoder import EncoderDecoder
+from llm_from_scratch.model.lora import switch_of
 from llm_from_scratch.quant import kernels
 
 if TYPE_CHECKING:
@@ -119,6 +122,8 @@ class Engine:
         self.pool = PagePool(self.stack.config, pages, PAGE, dtype, device)
         self.pages = Pages(pages, PAGE)
         self.runner = make_runner(model, self.pool)
+        self.switch = switch_of(model)
+        self._roots = {BASE: ROOT}  # of the texts that each adapter has read
 
     # ------------------------------------------------------------------ asking
 
@@ -134,6 +139,7 @@ class Engine:
 
     def submit(self, request: Request) -> int:
         """Put a request into the queue; its number. Raises `UserError` for an impossible one."""
+        request = replace(request, adapter=self._adapter_of(request))
         check_prompt(self.model, request.prompt)
         check_bias(request.settings, self.model.config.vocab_size)
         if self.pair is not None and request.settings.prompt_logprobs is not None:
@@ -154,6 +160,27 @@ class Engine:
         run = self.runs[number] = kind(self, number, request, beginning)
         self.waiting.extend(run.sequences)
         return number
+
+    def _adapter_of(self, request: Request) -> str:
+        """The name of the adapter that a request is written with, or `BASE`."""
+        name = request.adapter
+        if name is None:
+            return BASE if self.switch is None or self.switch.active is None else self.switch.active
+        known = [] if name == BASE else adapter_names(self.model)
+        if name != BASE and name not in known:
+            raise UserError(
+                f"The model has no adapter '{name}'; it has {', '.join(known) or 'none at all'}."
+            )
+        return name
+
+    def _root_of(self, sequence: Sequence) -> int:
+        """Where its text begins: what one adapter has read, another must not look at."""
+        name = sequence.request.adapter or BASE
+        return self._roots.setdefault(name, ROOT - len(self._roots))
+
+    def forget(self) -> None:
+        """To be called when weights have changed: no text goes on from what the old ones read."""
+        self.pages.forget()
 
     def cancel(self, number: int, choice: int | None = None) -> None:
         """Stop writing a request, or one of its texts; its memory is free at once.
@@ -224,7 +251,8 @@ class Engine:
     def _find_beginning(self, sequence: Sequence) -> None:
         """What was computed for other texts, up to where this one differs."""
         if self.reuse_prefixes and not sequence.wants_prompt_logprobs:
-            sequence.table, sequence.serial = self.pages.find(sequence.tokens)
+            root = self._root_of(sequence)
+            sequence.table, sequence.serial = self.pages.find(sequence.tokens, root)
             sequence.known = len(sequence.table)
             sequence.cached = sequence.known * PAGE
 
@@ -307,7 +335,8 @@ class Engine:
         while sequence.known < min(sequence.cached // PAGE, len(sequence.table)):
             start = sequence.known * PAGE
             tokens, page = sequence.tokens[start : start + PAGE], sequence.table[sequence.known]
-            sequence.serial = self.pages.remember(sequence.serial, tokens, page)
+            parent = sequence.serial if sequence.known else self._root_of(sequence)
+            sequence.serial = self.pages.remember(parent, tokens, page)
             sequence.known += 1
 
     def fork(self, sequence: Sequence, twin: Sequence) -> None:

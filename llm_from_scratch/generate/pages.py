@@ -95,13 +95,14 @@ class Pages:
         self._serials[page] = self._last_serial
         return self._last_serial
 
-    def find(self, tokens: Sequence[int]) -> tuple[list[int], int]:
+    def find(self, tokens: Sequence[int], root: int = ROOT) -> tuple[list[int], int]:
         """The known pages with which a text begins, now held, and their serial number.
 
-        At least one token is left over: its logits have to be computed.
+        At least one token is left over: its logits have to be computed. Texts that are read by
+        different models (adapters) have different roots, each a number below `ROOT`.
         """
         pages: list[int] = []
-        serial, size = ROOT, self.page_size
+        serial, size = root, self.page_size
         for start in range(0, len(tokens) - size, size):
             page = self._by_text.get((serial, tuple(tokens[start : start + size])))
             if page is None:
@@ -110,6 +111,16 @@ class Pages:
             pages.append(page)
             serial = self._serials[page]
         return pages, serial
+
+    def forget(self) -> None:
+        """Let no text be found any more: the weights have changed. Who holds a page keeps it."""
+        for page in list(self._serials):
+            self._forget(page)
+        idle, self._idle = self._idle, OrderedDict()
+        for page in idle:
+            self._is_free[page] = True
+            self._n_free += 1
+            heapq.heappush(self._free, page)
 
     def _forget(self, page: int) -> None:
         del self._by_text[self._text_of.pop(page)]

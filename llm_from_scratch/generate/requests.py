@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llm_from_scratch.generate.constraint import Constraint
 
 Writer = Decoder | EncoderDecoder
+BASE = ""  # the adapter of a request that wants the model without one
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,15 @@ class Request:
     """A prompt to continue (of an encoder-decoder: a source to make a text of), and how.
 
     `end_ids` are the tokens at which a text ends; `constraint` says what may be written at all.
+    `adapter` is the name of the adapter to write with, `BASE` the model without any, and None
+    whatever acts in the model when the request is submitted.
     """
 
     prompt: Many[int]
     settings: SamplingSettings
     end_ids: frozenset[int] = frozenset()
     constraint: Constraint | None = None
+    adapter: str | None = None
 
 
 @dataclass(eq=False)

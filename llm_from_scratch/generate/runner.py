@@ -6,6 +6,7 @@ the model as anyone would. `fast.py` has its twin for the processors that kernel
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from typing import Protocol
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 
 from llm_from_scratch.generate.requests import Feed, Sequence, Writer, writing_stack
+from llm_from_scratch.model.adapters import rows_with
 from llm_from_scratch.model.cache import KVCache, PagePool
 from llm_from_scratch.model.decoder import Block
 from llm_from_scratch.model.encoder_decoder import EncoderDecoder
+from llm_from_scratch.model.lora import switch_of
 
 
 class Runner(Protocol):
@@ -66,6 +69,7 @@ class PlainRunner:
     def __init__(self, model: Writer, pool: PagePool) -> None:
         self.model = model
         self.pool = pool
+        self.switch = switch_of(model)
         self._company: list[Sequence] = []  # whose sources the two below are, row by row
         self._sources: list[tuple[Tensor, Tensor] | None] = []
         self._source_mask: Tensor | None = None
@@ -82,7 +86,9 @@ class PlainRunner:
                 for place, feed, hidden in zip(places, group, self._hidden(group), strict=True):
                     end = len(feed.tokens)
                     wanted[place] = hidden[end - feed.want : end]
-            return self.model.logits(torch.cat([one for one in wanted if one is not None])).float()
+            hidden_nm = torch.cat([one for one in wanted if one is not None])
+            with self._adapters([feed.sequence for feed in feeds for _ in range(feed.want)]):
+                return self.model.logits(hidden_nm).float()
         finally:
             if was_training:
                 self.model.train()
@@ -103,7 +109,15 @@ class PlainRunner:
             self._gather_sources(sequences)
             cache.source, cache.source_mask = list(self._sources), self._source_mask
         tokens_bt = padded([feed.tokens for feed in feeds], self.pool.keys.device)
-        return self.model.hidden(tokens_bt, cache=cache)
+        with self._adapters(sequences):
+            return self.model.hidden(tokens_bt, cache=cache)
+
+    def _adapters(self, sequences: Many[Sequence]) -> contextlib.AbstractContextManager[None]:
+        """Each row of a batch goes through the adapter of its request."""
+        if self.switch is None:
+            return contextlib.nullcontext()
+        names = [sequence.request.adapter or None for sequence in sequences]
+        return rows_with(self.switch, names, self.pool.keys.device)
 
     def _gather_sources(self, sequences: list[Sequence]) -> None:
         """What cross-attention looks at, as one batch; made anew only when the company changes."""
@@ -136,16 +150,18 @@ class PlainRunner:
         model = self.model
         assert isinstance(model, EncoderDecoder)
         known = {one.number: one.source for one in sequences if one.source is not None}
-        new = {one.number: one.request.prompt for one in sequences if one.number not in known}
+        first = {one.number: one for one in reversed(sequences) if one.number not in known}
+        new = {number: one.request.prompt for number, one in first.items()}
         if new:
             device = self.pool.keys.device
             lengths = torch.tensor([len(source) for source in new.values()], device=device)
             source_bs = padded(list(new.values()), device)
             mask_bs = torch.arange(source_bs.shape[1], device=device) < lengths[:, None]
             whole = bool(mask_bs.all())
-            encoded_bsm = model.encoder(source_bs, attention_mask=None if whole else mask_bs)
             blocks = [block for block in writing_stack(model).blocks if isinstance(block, Block)]
-            pairs = [block.cross.source_keys_values(encoded_bsm) for block in blocks]
+            with self._adapters(list(first.values())):
+                encoded_bsm = model.encoder(source_bs, attention_mask=None if whole else mask_bs)
+                pairs = [block.cross.source_keys_values(encoded_bsm) for block in blocks]
             for row, (number, source) in enumerate(new.items()):
                 s = len(source)
                 known[number] = [(k[row, :, :s].clone(), v[row, :, :s].clone()) for k, v in pairs]

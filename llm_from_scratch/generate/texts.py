@@ -202,8 +202,13 @@ class TextEngine:
         """Whether anything is still to be written."""
         return self.engine.busy
 
-    def submit(self, prompt: Sequence[int], settings: SamplingSettings) -> int:
-        """Put a request into the queue; its number. Raises `UserError` for an impossible one."""
+    def submit(
+        self, prompt: Sequence[int], settings: SamplingSettings, adapter: str | None = None
+    ) -> int:
+        """Put a request into the queue; its number. Raises `UserError` for an impossible one.
+
+        `adapter` as in `Request`.
+        """
         before = prompt[-LONGEST_CHARACTER:] if self.pair is None else [self.pair.start_id]
         constraint = make_constraint(
             settings,
@@ -211,7 +216,7 @@ class TextEngine:
             stop_ids=self.stop_ids,
             previous=before[-1] if before else None,
         )
-        request = Request(prompt, settings, self.stop_ids, constraint)
+        request = Request(prompt, settings, self.stop_ids, constraint, adapter)
         number = self.engine.submit(request)
         self._texts[number] = {
             choice: _Text(self.written, request, before, self.stop_ids)

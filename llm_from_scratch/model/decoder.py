@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.model.cache import KVCache, LayerCache
@@ -88,10 +89,12 @@ class Stack(nn.Module):
     """Embedded tokens and a pile of blocks: what decoder and encoder have in common.
 
     `compute_dtype` is the precision of the activations; None means that of the weights. Training
-    keeps fp32 weights and computes in bf16 where that is faster.
+    keeps fp32 weights and computes in bf16 where that is faster. With `recompute`, training keeps
+    what enters each block alone and computes the rest again for the gradients.
     """
 
     compute_dtype: torch.dtype | None = None
+    recompute: bool = False
     frequencies: Tensor
     local_frequencies: Tensor | None
 
@@ -186,7 +189,11 @@ class Stack(nn.Module):
 
     def run(self, x_btm: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
         """Through all blocks and the last norm: (b, t, m)."""
+        again = self.recompute and self.training and torch.is_grad_enabled() and cache is None
         for layer, block in enumerate(self.blocks):
+            if again:
+                x_btm = checkpoint(block, x_btm, sight, None, use_reentrant=False)
+                continue
             x_btm = block(x_btm, sight, cache.layer(layer) if cache is not None else None)
         return self.final_norm(x_btm)
 
@@ -265,9 +272,11 @@ class Decoder(Stack):
         """
         if cache is not None:
             cache.start(tokens_bt.shape[1])
-        else:
+        elif document_ids_bt is None:
             self.check_length(tokens_bt.shape[1])
         sight = self.sight(tokens_bt, document_ids_bt, cache)
+        if document_ids_bt is not None:
+            self.check_length(sight.longest)
         sight.look_across(source_bsm, source_mask_bs, cache)
         x_btm = self.run(self.embed(tokens_bt, sight.positions, None), sight, cache)
         if cache is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llm_from_scratch.model.attend import attend, attend_by_hand
 from llm_from_scratch.model.cache import LayerCache
 from llm_from_scratch.model.config import ModelConfig
+from llm_from_scratch.model.mixed import product
 from llm_from_scratch.model.positions import rotate
 from llm_from_scratch.model.sight import Sight
 
@@ -25,8 +26,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return product(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -119,6 +119,9 @@ class Attention(nn.Module):
             q_bhtd, k_bktd = rotate(q_bhtd, cos_sin), rotate(k_bktd, cos_sin)
         if cache is not None:
             k_bktd, v_bktd = cache.append(k_bktd, v_bktd)
+        if sight.apart is not None:
+            q, k, v = (sight.apart.split(x) for x in (q_bhtd, k_bktd, v_bktd))
+            return self.o(sight.apart.join(self.weigh(q, k, v, mask, causal)))
         return self.mix(q_bhtd, k_bktd, v_bktd, mask, causal)
 
     def source_keys_values(self, source_bsm: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,6 +142,12 @@ class Attention(nn.Module):
         self, q_bhtd: Tensor, k_bksd: Tensor, v_bksd: Tensor, mask: Tensor | None, causal: bool
     ) -> Tensor:
         """The weighted sums of all heads, brought together: (b, t, m)."""
+        return self.o(self.weigh(q_bhtd, k_bksd, v_bksd, mask, causal))
+
+    def weigh(
+        self, q_bhtd: Tensor, k_bksd: Tensor, v_bksd: Tensor, mask: Tensor | None, causal: bool
+    ) -> Tensor:
+        """Attention's weighted sums, side by side for all heads: (b, t, h * d)."""
         dropout = self.config.dropout if self.training else 0.0
         softcap = self.config.attention_softcap
         if softcap is None:
@@ -154,7 +163,7 @@ class Attention(nn.Module):
             y_bhtd = attend_by_hand(
                 q_bhtd, k_bksd, v_bksd, mask, scale=self.scale, softcap=softcap, dropout=dropout
             )
-        return self.o(y_bhtd.transpose(1, 2).flatten(2))
+        return y_bhtd.transpose(1, 2).flatten(2)
 
 
 def activate(x: Tensor, name: str) -> Tensor:

@@ -19,11 +19,8 @@ import torch
 from llm_from_scratch.model.attend import SHORT
 from llm_from_scratch.model.config import EncoderDecoderConfig, ModelConfig
 from llm_from_scratch.model.inventory import (
-    NOTHING,
-    TEXT,
     VISIT,
     AnyConfig,
-    Weight,
     expert_layers,
     looks_at_source_alone,
     parameter_count,
@@ -184,9 +181,9 @@ def activation_bytes(
 ) -> dict[str, float]:
     """Part -> bytes held for the backward pass, from the ids to the last states or scores.
 
-    Weights are not in it, but their copies in `run.compute` are. What the logits and the loss hold
-    comes on top of it. A model under a `head` reads `run.length` tokens, with both of its stacks
-    where the head needs both.
+    Weights are not in it, but the experts' copies in `run.compute` are. What the logits and the
+    loss hold comes on top of it. A model under a `head` reads `run.length` tokens, with both of its
+    stacks where the head needs both.
     """
     if head is not None:
         return _headed(config, run, head)
@@ -218,9 +215,6 @@ def _headed(config: AnyConfig, run: Pass, head: HeadConfig) -> dict[str, float]:
         total += 2 * rows * m * run.size
     if style.norm:
         total += _norm(stack, rows, m)
-    if run.compute != run.weights:
-        own = (w for w in weights_of(config, head) if w.part in ("head", "pooler"))
-        total += sum(w.numel * run.size for w in own if w.times != NOTHING)
     return add_up(held, {"head": total})
 
 
@@ -348,17 +342,12 @@ def _experts(config: ModelConfig, run: Pass) -> float:
 
 
 def _copies(config: ModelConfig, run: Pass) -> float:
-    """Matrices cast to the precision of the activations wait for the backward pass as well."""
-    if run.compute == run.weights:
+    """The experts' matrices in the precision of the activations wait for the backward pass as well.
+
+    Those of other layers are made again then (`mixed.product`).
+    """
+    if run.compute == run.weights or config.experts is None:
         return 0
-    matrices: list[Weight] = [
-        w for w in weights_of(config) if w.times not in (NOTHING, TEXT, "logits")
-    ]
-    total = 0.0
-    for weight in matrices:
-        visited = 1.0
-        if weight.times == VISIT and config.experts is not None:
-            visits = run.tokens * config.experts.n_active
-            visited = min(1.0, visits / config.experts.n_experts)
-        total += weight.numel * visited * run.size
-    return total
+    visits = run.tokens * config.experts.n_active
+    visited = min(1.0, visits / config.experts.n_experts)
+    return sum(w.numel * visited * run.size for w in weights_of(config) if w.times == VISIT)

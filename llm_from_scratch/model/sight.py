@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.model.apart import Apart, apart
 from llm_from_scratch.model.cache import KVCache
 from llm_from_scratch.model.config import ModelConfig
 
@@ -30,6 +31,15 @@ class Sight:
     bias: Tensor | None = None  # (1 or b, h, t, s): added to the scores
     source: Tensor | None = None  # (b, s, m): the encoded source that cross-attention looks at
     source_mask: Tensor | None = None  # (b, 1, 1, s)
+    apart: Apart | None = None  # packed documents in rows of their own, which the masks are for
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text in sight."""
+        if self.apart is not None:
+            return self.apart.longest
+        rows_differ = self.positions.dim() == 2 and self.positions.numel() > 0
+        return int(self.positions.max()) + 1 if rows_differ else self.positions.shape[-1]
 
     def of(self, window: bool) -> tuple[Tensor | None, bool, Tensor | None]:
         """(mask, causal, angles) for a layer with or without a window.
@@ -74,6 +84,10 @@ def look(
                 "out, pad on the right, and tell the cache where texts end by `set_lengths`."
             )
         return _look_into_cache(config, tokens_bt.shape[1], cache)
+    if documents_bt is not None and config.causal and not config.relative_buckets:
+        rows = apart(documents_bt)
+        if rows is not None:
+            return _look_apart(config, rows)
     steps = torch.arange(tokens_bt.shape[1], device=tokens_bt.device)
     windowed = config.window is not None and len(steps) > config.window
     spelled_out = config.causal and config.relative_buckets > 0  # a bias stands on its mask
@@ -96,6 +110,16 @@ def look(
         return Sight(positions, mask, causal, mask & near, False)
     seen = near & (back >= 0) if config.causal else near
     return Sight(positions, mask, causal, seen, False)
+
+
+def _look_apart(config: ModelConfig, rows: Apart) -> Sight:
+    """Documents in rows of their own need a mask for their windows alone."""
+    if config.window is None or rows.longest <= config.window:
+        return Sight(rows.positions, None, True, None, True, apart=rows)
+    steps = torch.arange(rows.longest, device=rows.back.device)
+    back = steps[:, None] - steps[None, :]
+    seen = (back >= 0) & (back < config.window)
+    return Sight(rows.positions, None, True, seen, False, apart=rows)
 
 
 def _look_into_cache(config: ModelConfig, t: int, cache: KVCache) -> Sight:

@@ -87,9 +87,9 @@ class _Counts(Collector):
         for kind, table in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, (text, value) in table.items():
                 family = kind(f"scratchlm_{name}", text, labels=["model"])
-                for model, desk in self.service.worker.desks.items():
-                    if desk.served.kind == "writer":
-                        family.add_metric([model], value(desk))
+                for desk in dict.fromkeys(self.service.worker.desks.values()):
+                    if desk.served.kind == "writer":  # adapters are counted with their base
+                        family.add_metric([desk.served.name], value(desk))
                 yield family
 
 

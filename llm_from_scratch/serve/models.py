@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,22 @@ import torch
 from llm_from_scratch.core.device import free_memory_bytes
 from llm_from_scratch.core.errors import UserError, shown
 from llm_from_scratch.generate.engine import PAGE
-from llm_from_scratch.generate.requests import Writer, writing_stack
+from llm_from_scratch.generate.requests import BASE, Writer, writing_stack
 from llm_from_scratch.generate.speculative import Draft, Lookup
 from llm_from_scratch.generate.texts import TextEngine
+from llm_from_scratch.model.adapters import use_adapter
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.encoder import Encoder
 from llm_from_scratch.model.encoder_decoder import EncoderDecoder
 from llm_from_scratch.model.heads import Embedder, MaskedLM
 from llm_from_scratch.serve.limits import Limits
 from llm_from_scratch.text.tokenizer import Tokenizer
+from llm_from_scratch.weights.adapter_config import is_adapter_folder
+from llm_from_scratch.weights.adapter_folder import about_adapter
+from llm_from_scratch.weights.adapters import attach
 from llm_from_scratch.weights.assemble import Model
 from llm_from_scratch.weights.heads import add_head
-from llm_from_scratch.weights.sources import load, locate
+from llm_from_scratch.weights.sources import base_of, load, locate
 
 CACHE_BYTES = 1 << 30  # of keys and values, on a machine whose memory others use too
 LONGEST_NAME = 200
@@ -43,6 +47,8 @@ class ServedModel:
         template: the chat template that takes the place of its own; None for its own.
         engine: what writes its texts; only the worker's thread may touch it. None for an embedder.
         make_engine: makes that engine anew, should a step have failed.
+        adapter: what its texts are written with: the name of an adapter, `BASE` for none.
+        host: the model that it is an adapter of, which has the engine; None for a model by itself.
     """
 
     name: str
@@ -54,6 +60,8 @@ class ServedModel:
     template: str | None = None
     engine: TextEngine | None = field(default=None, repr=False)
     make_engine: Callable[[], TextEngine] | None = field(default=None, repr=False)
+    adapter: str | None = None
+    host: ServedModel | None = field(default=None, repr=False)
 
     @property
     def context(self) -> int:
@@ -65,7 +73,7 @@ class ServedModel:
         assert isinstance(self.model, Decoder | EncoderDecoder)
         reader = self.model.encoder if isinstance(self.model, EncoderDecoder) else self.model
         room = reader.config.max_seq_len
-        engine = self.engine
+        engine = self.engine if self.host is None else self.host.engine
         if engine is not None and isinstance(self.model, Decoder):
             room = min(room, engine.engine.room)
         return room
@@ -91,7 +99,7 @@ def split_name(argument: str) -> tuple[str, str]:
             raise UserError(f"{argument} names no model; write NAME=MODEL.")
         return _checked(name), model
     parts = [part for part in Path(argument).parts if part not in ("/", "..", "~")]
-    if len(parts) > 1 and parts[-1] == "model":  # of a run folder, whose own name says more
+    if len(parts) > 1 and parts[-1] in ("model", "adapter"):  # of a run, whose name says more
         parts.pop()
     last = parts[-1] if parts else argument
     return _checked(last.removesuffix(".gguf")), argument
@@ -142,18 +150,61 @@ def open_models(
     """
     limits, opening = limits or Limits(), opening or Opening()
     named = name_models(arguments)
-    for source in [*named.values(), *([] if opening.draft is None else [opening.draft])]:
-        locate(source)
-    opened = {}
+    places = {source: locate(source) for source in named.values()}
+    if opening.draft is not None:
+        locate(opening.draft)
+    opened: dict[str, ServedModel] = {}
+    hosts: dict[Path, ServedModel] = {}
+    adapters = [name for name, source in named.items() if is_adapter_folder(places[source])]
     for name, source in named.items():
-        model, tokenizer = load(source, dtype=opening.dtype, device=opening.device)
-        opened[name] = serve_model(model, tokenizer, name, source, report=report)
-    writers = [served for served in opened.values() if served.kind == "writer"]
+        if name not in adapters:
+            model, tokenizer = load(source, dtype=opening.dtype, device=opening.device)
+            opened[name] = serve_model(model, tokenizer, name, source, report=report)
+            hosts.setdefault(places[source], opened[name])
+    for name in adapters:
+        opened[name] = open_adapter(name, named[name], hosts, opening, report)
+    hosting = [*{id(one): one for one in (*opened.values(), *hosts.values())}.values()]
+    writers = [one for one in hosting if one.kind == "writer" and one.host is None]
     guess = _guesser(opening, writers)
     for served in writers:
-        served.template = opening.template
         give_engine(served, limits, opening.cache_dtype, guess, share=len(writers))
-    return opened
+    for served in opened.values():
+        served.template = opening.template if served.kind == "writer" else None
+    return {name: opened[name] for name in named}
+
+
+def open_adapter(
+    name: str,
+    source: str,
+    hosts: dict[Path, ServedModel],
+    opening: Opening,
+    report: Callable[[str], None],
+) -> ServedModel:
+    """A model that is an adapter: its base is loaded once, for all of its adapters and for itself.
+
+    `hosts` has the models by their place; a base that is not among them yet joins them.
+    """
+    folder = locate(source)
+    about = about_adapter(folder)
+    base = base_of(about)
+    place = locate(base)
+    host = hosts.get(place)
+    if host is None:
+        model, tokenizer = load(base, dtype=opening.dtype, device=opening.device)
+        host = hosts[place] = serve_model(model, tokenizer, base, report=report)
+    if about.head is not None or host.kind != "writer":
+        raise UserError(
+            f"{source} is an adapter that labels or embeds; the server has adapters of models "
+            "that write alone. Merge it: scratchlm convert ADAPTER --to hf --out NEW"
+        )
+    assert isinstance(host.model, Decoder | EncoderDecoder)
+    attach(host.model, folder, name, alone=False)
+    host.model.eval()
+    use_adapter(host.model, None)
+    host.adapter = BASE
+    made = replace(host, name=name, source=source, adapter=name, host=host)
+    report(f"{name} is an adapter of {base}, with which it shares its memory.")
+    return made
 
 
 def serve_model(

@@ -40,7 +40,10 @@ class Watch:
 
 @dataclass(eq=False)
 class Order:
-    """One call of `write`. `rows` gives the place of each prompt by its number in the engine."""
+    """One call of `write`. `rows` gives the place of each prompt by its number in the engine.
+
+    `name` is the model that was asked for, `adapter` what it is written with at the desk's model.
+    """
 
     desk: Desk
     prompts: Sequence[Sequence[int]]
@@ -49,6 +52,8 @@ class Order:
     came: float
     deadline: float
     texts: int
+    name: str
+    adapter: str | None = None
     pieces: asyncio.Queue[Piece | Exception | None] = field(default_factory=asyncio.Queue)
     rows: dict[int, int] = field(default_factory=dict)
     begun: bool = False

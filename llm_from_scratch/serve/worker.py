@@ -46,8 +46,13 @@ class Worker:
     ) -> None:
         self.limits = limits
         self.watch = watch or Watch()
-        self.desks = {name: Desk(served) for name, served in models.items()}
-        self._turns = deque(desk for desk in self.desks.values() if desk.served.kind == "writer")
+        own: dict[int, Desk] = {}  # an adapter is written with at the desk of its base
+        self.desks: dict[str, Desk] = {}
+        for name, served in models.items():
+            host = served if served.host is None else served.host
+            self.desks[name] = own.setdefault(id(host), Desk(host))
+        self._served = dict(models)
+        self._turns = deque(desk for desk in own.values() if desk.served.kind == "writer")
         self._wake = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._jobs: deque[Callable[[], None]] = deque()
@@ -107,7 +112,10 @@ class Worker:
         self._let_in(desk, texts)
         now = time.monotonic()
         loop = asyncio.get_running_loop()
-        order = Order(desk, prompts, settings, loop, now, now + self.limits.max_seconds, texts)
+        order = Order(
+            desk, prompts, settings, loop, now, now + self.limits.max_seconds, texts,
+            name, self._served[name].adapter,
+        )  # fmt: skip
         self._post(lambda: self._begin(order))
         return Writing(order, self.cancel)
 
@@ -206,7 +214,7 @@ class Worker:
         return any(desk.busy for desk in self._turns)
 
     def _orders(self) -> list[Order]:
-        return [order for desk in self.desks.values() for order in desk.orders]
+        return [order for desk in self._turns for order in desk.orders]
 
     def _begin(self, order: Order) -> None:
         """Hand an order to its engine, all of it or nothing."""
@@ -217,7 +225,7 @@ class Worker:
                 raise _closing()
             engine = self._engine(desk)
             for row, request in enumerate(requests_of(order.prompts, order.settings)):
-                number = engine.submit(request.prompt, request.settings)
+                number = engine.submit(request.prompt, request.settings, order.adapter)
                 order.rows[number] = row
                 desk.by_number[number] = order
         except (UserError, Busy) as error:
@@ -270,7 +278,7 @@ class Worker:
         order = desk.by_number.get(piece.row)
         if order is None:
             return
-        name = desk.served.name
+        name = order.name
         if not order.begun:
             order.begun = True
             self.watch.first_token(name, time.monotonic() - order.came)

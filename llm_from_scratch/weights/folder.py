@@ -29,6 +29,7 @@ from llm_from_scratch.weights.assemble import (
     sparing,
     undisturbed,
 )
+from llm_from_scratch.weights.catalogue import Report, to_stderr
 from llm_from_scratch.weights.families import AnyConfig, Entry, Family, read_config
 from llm_from_scratch.weights.folder_checks import check_vocabularies, heads_of, is_model_folder
 from llm_from_scratch.weights.folder_write import refuse_foreign_folder, save_folder
@@ -214,6 +215,7 @@ def load_folder(
     head: str | None = None,
     labels: Labels = None,
     packed: bool = False,
+    report: Report = to_stderr,
 ) -> tuple[Model, Tokenizer | None]:
     """The model (in inference mode) and the tokenizer of a Hugging Face model folder.
 
@@ -257,5 +259,5 @@ def load_folder(
     complete(model, device)
     if packed:
         pack_the_rest(model)
-    start_fresh(model, fresh, str(folder))
+    start_fresh(model, fresh, str(folder), report)
     return model, tokenizer

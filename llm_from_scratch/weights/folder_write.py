@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.core.files import folder_aside
+from llm_from_scratch.model.adapters import merged
 from llm_from_scratch.model.encoder import Encoder
 from llm_from_scratch.model.heads import Embedder, Head
 from llm_from_scratch.text.tokenizer import Tokenizer
@@ -160,10 +161,10 @@ def save_folder(
     It appears under `path` whole or not at all, and replaces an earlier model folder there; any
     other folder with something in it is left alone (`UserError`). `generation_config` adds to
     generation_config.json, for example a temperature. Parameters that `codes` has in few bits are
-    written so; what the model has packed is written as numbers.
+    written so; what the model has packed is written as numbers, and adapters are merged.
     """
     folder = Path(path)
-    model = unpacked(model)
+    model = unpacked(merged(model))
     refuse_foreign_folder(folder)
     family = family_of(model.config)
     check_vocabularies(model.config, tokenizer, folder)

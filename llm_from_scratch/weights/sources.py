@@ -15,6 +15,14 @@ from llm_from_scratch.core.freed import give_back
 from llm_from_scratch.model.heads import Head
 from llm_from_scratch.model.presets import ModelSettings, resolve
 from llm_from_scratch.text.tokenizer import Tokenizer
+from llm_from_scratch.weights.adapter_config import is_adapter_folder
+from llm_from_scratch.weights.adapter_folder import (
+    AboutAdapter,
+    about_adapter,
+    find_adapter,
+    with_problem,
+)
+from llm_from_scratch.weights.adapters import attach
 from llm_from_scratch.weights.assemble import Model, complete, empty_model, put
 from llm_from_scratch.weights.catalogue import CATALOGUE, Report, local_path, pull, to_stderr
 from llm_from_scratch.weights.config_json import check_sizes
@@ -115,6 +123,8 @@ def locate_description(model: str | Path, report: Report = to_stderr) -> Path:
 
 def _inside(folder: Path) -> Path:
     if is_model_folder(folder):
+        return folder
+    if is_adapter_folder(folder):
         return folder
     if is_model_folder(folder / "model"):
         return folder / "model"
@@ -257,12 +267,14 @@ def load(
     device: str = "auto",
     head: str | None = None,
     labels: Labels = None,
+    adapter: str | Path | None = None,
 ) -> tuple[Model, Tokenizer]:
     """The model, in inference mode, and tokenizer that MODEL names.
 
     Args:
-        model: a model folder, a run folder, a .gguf file, a hub name `org/name`, or a short name
-            from `scratchlm models` (fetched on first use).
+        model: a model folder, a run folder, a .gguf file, a hub name `org/name`, a short name from
+            `scratchlm models` (fetched on first use), or the folder of an adapter, which brings
+            the base that it was made for.
         dtype: the precision of the weights. None keeps what is stored, except that half precision
             becomes fp32 on a CPU that would be slower with it. Matrices in few bits (a GGUF, a
             quantised folder) stay so on a CPU and are computed with as they are; on a GPU, under
@@ -273,13 +285,59 @@ def load(
             "multiple_choice", "masked_lm", "embedding" or "none". None gives what was saved. A head
             that is not there starts with random weights, which is said on stderr.
         labels: the labels' names or their number, for the first three of these.
+        adapter: the folder of an adapter (PEFT's) to put around the model, or of a run with one.
 
     Raises `UserError`, naming the file and the remedy, for anything that cannot be loaded.
     """
+    path = locate(model)
+    if adapter is None and not (path.is_dir() and is_adapter_folder(path)):
+        return _load_plain(model, path, dtype, device, head, labels, to_stderr)
+    about = about_adapter(path if adapter is None else adapter_at(adapter))
+    base = base_of(about) if adapter is None else model
+    said: list[str] = []
+    found, tokenizer = _load_plain(
+        base, locate(base), dtype, device, about.head if head is None else head,
+        about.labels if labels is None and head is None else labels, said.append,
+    )  # fmt: skip
+    with_problem(found, about)
+    whole = attach(found, about.folder)
+    for line in said if not whole else ():  # a head that the adapter did not bring
+        to_stderr(line)
+    return found.eval(), tokenizer
+
+
+def adapter_at(adapter: str | Path) -> Path:
+    """The folder of an adapter on this machine, fetched from the hub where it is named so."""
+    return find_adapter(_from_hub(str(adapter)) if is_hub_name(adapter) else adapter)
+
+
+def base_of(about: AboutAdapter) -> str:
+    """The base that an adapter names, if it is there."""
+    if about.base is None:
+        raise UserError(
+            f"{about.folder} does not say which model it was made for; load that one and name "
+            "this as its adapter."
+        )
+    try:
+        path = locate(about.base)
+    except UserError as error:
+        raise UserError(
+            f"{about.folder} is an adapter of {about.base}, which is not to be had ({error}) Load "
+            "its base from where it is, and name this as its adapter."
+        ) from error
+    if path.is_dir() and is_adapter_folder(path):
+        raise UserError(f"{about.folder} is an adapter of another adapter; merge that one first.")
+    return about.base
+
+
+def _load_plain(
+    model: str | Path, path: Path, dtype: torch.dtype | str | None, device: str,
+    head: str | None, labels: Labels, report: Report,
+) -> tuple[Model, Tokenizer]:  # fmt: skip
+    """A model without adapters."""
     where = pick_device(device)
     wanted = None if dtype == STORED else as_dtype(dtype)
     packed = dtype is None and where.type == "cpu" and head is None
-    path = locate(model)
     if is_hub_name(model) and not any(path.glob("*.safetensors")):
         raise UserError(
             f"The hub's '{model}' has no safetensors; if it has its weights as pickles, turn them "
@@ -298,7 +356,7 @@ def load(
         return _under_head(decoder if wanted is None else decoder.to(wanted), head, labels), own
     if dtype is None and where.type == "cpu" and slow_halves(path, where):
         wanted = torch.float32  # at once: to convert it afterwards would take more memory
-    decoder, tokenizer = load_folder(path, wanted, where, head, labels, packed)
+    decoder, tokenizer = load_folder(path, wanted, where, head, labels, packed, report)
     if tokenizer is None:
         raise UserError(f"{path} has no tokenizer.json; copy it from where the model came from.")
     stored = next(decoder.parameters()).dtype

@@ -1,0 +1,98 @@
+"""Adapters behind a server: a name for each, one base in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.generate.generate import complete
+from llm_from_scratch.generate.sampling import SamplingSettings
+from llm_from_scratch.model.lora import LoraSettings, add_lora
+from llm_from_scratch.serve.limits import Limits
+from llm_from_scratch.serve.models import open_models, split_name
+from llm_from_scratch.serve.service import make_service
+from llm_from_scratch.serve.worker import Worker
+from llm_from_scratch.text.tokenizer import Tokenizer
+from llm_from_scratch.weights.adapters_write import save_adapter
+from llm_from_scratch.weights.folder import load_folder, save_folder
+from llm_from_scratch.weights.sources import load
+from tests.generate.conftest import make_model
+
+LIMITS = Limits(cache_tokens=2048)
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base/, and the runs poet/ and clerk/ with an adapter of it each."""
+    folder = tmp_path_factory.mktemp("adapters")
+    model = make_model(vocab_size=tokenizer.vocab_size, max_seq_len=256)
+    save_folder(model, tokenizer, folder / "base")
+    for seed, name in enumerate(("poet", "clerk")):
+        model, _ = load_folder(folder / "base", torch.float32)  # type: ignore[assignment]
+        add_lora(model, LoraSettings(rank=3, alpha=9), seed)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if key.endswith((".a", ".b")):
+                    parameter.copy_(torch.empty(parameter.shape).normal_(generator=generator) * 0.3)
+        save_adapter(model, folder / name / "adapter", str(folder / "base"))
+    return folder
+
+
+def answer(worker: Worker, name: str, prompt: list[int]) -> list[int]:
+    async def read() -> list[int]:
+        settings = SamplingSettings(max_new_tokens=8, temperature=0.0)
+        return [t async for piece in worker.write(name, [prompt], settings) for t in piece.tokens]
+
+    return asyncio.run(read())
+
+
+def test_one_base_many_names(folder: Path, tokenizer: Tokenizer) -> None:
+    arguments = [str(folder / part) for part in ("poet/adapter", "base", "clerk/adapter")]
+    models = open_models(arguments, LIMITS, report=lambda line: None)
+    assert list(models) == ["poet", "base", "clerk"]
+    assert models["poet"].model is models["clerk"].model is models["base"].model
+    service = make_service(models, LIMITS)
+    prompt = tokenizer.encode("Once upon a time there was a king.")
+    service.worker.start()
+    try:
+        found = {name: answer(service.worker, name, prompt) for name in models}
+        again = {name: answer(service.worker, name, prompt) for name in models}
+    finally:
+        service.worker.stop()
+    assert found == again and len({tuple(tokens) for tokens in found.values()}) == 3
+    for name, tokens in found.items():
+        path = folder / "base" if name == "base" else folder / name / "adapter"
+        model, own = load(path, device="cpu")
+        wanted = complete(model, own, [prompt], max_new_tokens=8, temperature=0.0)[0]  # type: ignore[arg-type]
+        assert tokens == wanted.tokens
+    assert service.model("poet").context == 256
+    page = service.metrics.page().decode()
+    assert 'scratchlm_texts_total{finish_reason="length",model="poet"} 2.0' in page
+    assert page.count("scratchlm_steps_total{") == 1
+
+
+def test_a_base_that_is_not_served_itself(folder: Path) -> None:
+    arguments = [str(folder / "poet" / "adapter"), f"second={folder / 'clerk' / 'adapter'}"]
+    models = open_models(arguments, LIMITS, report=lambda line: None)
+    assert list(models) == ["poet", "second"] and models["poet"].model is models["second"].model
+    assert split_name(str(folder / "poet" / "adapter"))[0] == "poet"
+
+
+def test_a_base_that_is_gone(folder: Path, tmp_path: Path) -> None:
+    model, _ = load_folder(folder / "base", torch.float32)
+    add_lora(model, LoraSettings(rank=3), 0)
+    save_adapter(model, tmp_path / "lost", str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=r"is an adapter of .*gone, which is not to be had"):
+        open_models([str(tmp_path / "lost")], LIMITS, report=lambda line: None)
+    save_adapter(model, tmp_path / "orphan")
+    with pytest.raises(UserError, match="does not say which model it was made for"):
+        load(tmp_path / "orphan")
+    found, _ = load(folder / "base", adapter=tmp_path / "orphan", device="cpu")
+    assert found.config == model.config
+    with pytest.raises(UserError, match=r"is no adapter: it has no adapter_config\.json"):
+        load(folder / "base", adapter=folder / "base")
