@@ -79,6 +79,11 @@ def run(args: argparse.Namespace) -> int:
 
     settings = settings_of(args)
     if is_address(args.model):
+        if args.adapter is not None:
+            raise UserError(
+                "--adapter is put around a model on this machine; a server has its adapters by "
+                "their own names: --model NAME."
+            )
         if args.seed is None:  # not every server takes one
             settings = dataclasses.replace(settings, seed=None)
         chat = chat_at_address(args, settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Any
 
 from llm_from_scratch.core.config import (
@@ -17,12 +18,14 @@ from llm_from_scratch.core.config import (
 )
 from llm_from_scratch.core.errors import UserError
 
-# What each method is for, without importing it: --help must not wait for PyTorch.
 EXAMPLES = """examples:
   scratchlm finetune sft smollm2-135m --data chats.jsonl --out runs/chat
   scratchlm finetune sft smollm2-135m --data chats.jsonl --lora.rank 16 --out runs/adapter
   scratchlm finetune sft --out runs/chat --resume
+  scratchlm finetune sft smollm2-135m --data all.csv --test test.csv --out runs/new
 
+Rows come from .jsonl, .json, .csv, .tsv and .parquet files, also .gz, or folders of them.
+Without --val and --test a share of the rows is held back, drawn by the seed.
 scratchlm finetune METHOD --help lists the settings of a method.
 """
 
@@ -58,6 +61,11 @@ def add_parser(subparsers: Any) -> None:
         one.add_argument("--resume", action="store_true", help="go on with the run in --out")
         one.add_argument("--print_config", action="store_true", help="print all settings and stop")
         one.add_argument("--json", action="store_true", help="print the summary as JSON")
+        if name == "sft":
+            one.add_argument(
+                "--show_masks", type=int, metavar="N",
+                help="print N rows as the model reads them, what it learns marked, and stop",
+            )  # fmt: skip
 
 
 def help_of(name: str) -> str:
@@ -83,6 +91,10 @@ def given_values(args: argparse.Namespace, cls: type) -> dict[str, Any]:
     for name in ("model", "out"):
         if getattr(args, name):
             values = merge(values, {name: getattr(args, name)})
+    train = values.get("train")
+    if not args.resume and isinstance(train, dict) and train.get("max_steps") is not None:
+        # Whoever says how many steps means it; by themselves the methods count epochs.
+        values = merge({"train": {"epochs": None}}, values)
     return values
 
 
@@ -101,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print(to_yaml(config), end="")
         return 0
+    if getattr(args, "show_masks", None) is not None:
+        return show_masks(config, args.show_masks)
     from llm_from_scratch.train.finetune import finetune
 
     result = finetune(args.method, config, resume=args.resume, given=given)
@@ -109,8 +123,24 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result.summary))
     elif result.summary:
+        from llm_from_scratch.evaluate.report import number_text
+
         for name, value in result.summary.items():
-            text = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
-            print(f"{name:<24} {text}")
+            print(f"{name:<24} {number_text(value)}")
         print(f"\nThe run is in {result.folder}: see report.html there.")
+    return 0
+
+
+def show_masks(config: Any, count: int) -> int:
+    """Print the first rows with what is learnt marked: green, or in [[ ]]."""
+    from llm_from_scratch.cli.tokenizer import load_tokenizer
+    from llm_from_scratch.train.methods.sft import mask_texts
+
+    if count < 1:
+        raise UserError(f"--show_masks is {count}; it must be at least 1.")
+    if not config.model or not config.data.paths:
+        raise UserError("--show_masks needs a MODEL and --data FILE.")
+    tokenizer = load_tokenizer(config.model)
+    for text in mask_texts(config, tokenizer, count, color=sys.stdout.isatty()):
+        print(f"{text}\n")
     return 0

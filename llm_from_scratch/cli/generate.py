@@ -10,6 +10,12 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from llm_from_scratch.cli.best_of import (
+    TEMPERATURE,
+    add_best_of_arguments,
+    check_best_of,
+    print_best,
+)
 from llm_from_scratch.cli.sampling_flags import (
     DTYPES,
     add_model_arguments,
@@ -33,8 +39,10 @@ examples:
   scratchlm generate t5-small/ "translate English to German: The house is wonderful."
   scratchlm generate gpt2/ "Once upon a time" --temperature 0.8 --top_p 0.95 --seed 1
   scratchlm generate model.gguf "1, 2, 3," --temperature 0 --stop "\\n" --json
+  scratchlm generate smollm2-135m "A poem, please." --chat --adapter runs/poet/adapter
   scratchlm generate smollm2-135m "Is the sky green?" --chat --choice yes no
   scratchlm generate smollm2-135m "Invent a person." --chat --json_schema person.schema.json
+  scratchlm generate smollm2-135m "What is 17 + 25?" --chat --best_of 9 --best_by votes
   echo "Dear diary" | scratchlm generate runs/mine -
 PROMPT stands before flags that take several values: --stop, --choice, --logit_bias.
 """
@@ -115,6 +123,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     add_sampling_arguments(parser)
     add_number_arguments(parser)
+    add_best_of_arguments(parser)
     add_engine_arguments(parser)
 
 
@@ -150,12 +159,18 @@ def run(args: argparse.Namespace) -> int:
     from llm_from_scratch.cli.convert import waiting
     from llm_from_scratch.model.encoder_decoder import EncoderDecoder
 
+    if args.best_of is not None and args.temperature is None:
+        args.temperature = TEMPERATURE  # several texts are to differ
+    check_best_of(args)
     settings = settings_of(args)
     if args.system is not None and not args.chat:
         raise UserError("--system is part of a conversation; add --chat.")
     check_flags(args)
     prompt = read_prompt(args.prompt)
     model, tokenizer = load_model(args)
+    if args.best_of is not None:
+        options = engine_options(args, tokenizer)
+        return print_best(args, model, tokenizer, prompt, settings, options)
     if args.temperature is None and isinstance(model, EncoderDecoder):
         # What is made of a source is no invention: of a translation the likeliest is wanted.
         settings = dataclasses.replace(settings, temperature=0.0)
@@ -214,7 +229,9 @@ def engine_options(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, 
     if args.lookup is not None:
         options["proposer"] = Lookup(args.lookup)
     if args.draft is not None:
-        draft, own = load_model(argparse.Namespace(**{**vars(args), "model": args.draft}))
+        draft, own = load_model(
+            argparse.Namespace(**{**vars(args), "model": args.draft, "adapter": None})
+        )
         if own.tokens != tokenizer.tokens:
             raise UserError(
                 f"--draft is {args.draft}, whose vocabulary is not that of {args.model}; a draft "

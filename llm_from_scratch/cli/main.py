@@ -18,6 +18,8 @@ VERBS: dict[str, tuple[str, bool]] = {
     "tokenizer": ("train a tokenizer, or see how one cuts a text", False),
     "pretrain": ("train a language model from your own text", True),
     "finetune": ("teach a model: instructions, labels, names, preferences, rewards", True),
+    "dedup": ("find texts that are the same or nearly the same", False),
+    "predict": ("ask a model for the labels, numbers or names of texts", False),
     "generate": ("continue a prompt, or answer one with --chat", False),
     "chat": ("talk with a model in the terminal", False),
     "serve": ("serve models over HTTP (OpenAI's protocol), with a web page", False),
@@ -67,7 +69,7 @@ def split_settings(arguments: list[str]) -> tuple[list[str], list[str]]:
 def refuse_empty(args: argparse.Namespace) -> None:
     """Refuse an empty name, such as one from an unset variable: it would be the current folder."""
     names = ("model", "models", "data", "text", "out", "html", "config", "calibrate", "runs")
-    for name in (*names, "draft", "json_schema", "regex"):
+    for name in (*names, "draft", "json_schema", "regex", "against", "val", "test"):
         value = getattr(args, name, None)
         if value == "" or (isinstance(value, list) and "" in value):
             if name == "text" and args.part == "show":

@@ -27,6 +27,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="a model folder, a run folder, a .gguf file, a hub name, or a short name",
     )
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="the folder of an adapter (PEFT) to put around the model",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     parser.add_argument(
         "--dtype", default="auto", metavar="|".join(DTYPES), help="precision of the weights"
@@ -185,7 +190,9 @@ def load_model(args: argparse.Namespace) -> tuple[Writer, Tokenizer]:
 
     if args.dtype not in DTYPES:
         raise UserError(f"--dtype is '{args.dtype}'; it must be one of {', '.join(DTYPES)}.")
-    model, tokenizer = load(args.model, dtype=PRECISIONS.get(args.dtype), device=args.device)
+    model, tokenizer = load(
+        args.model, dtype=PRECISIONS.get(args.dtype), device=args.device, adapter=args.adapter
+    )
     return as_writer(model), tokenizer
 
 

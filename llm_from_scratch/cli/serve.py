@@ -22,6 +22,7 @@ examples:
   scratchlm serve smollm2-135m
   scratchlm serve runs/quickstart --port 8080
   scratchlm serve small=smollm2-135m big=model/ all-minilm-l6-v2
+  scratchlm serve smollm2-135m runs/poet/adapter runs/clerk/adapter
   scratchlm serve model.gguf --cache_tokens 8192 --cache_dtype int8
   scratchlm serve model/ --host 0.0.0.0 --api_keys keys.txt
 Then open http://127.0.0.1:8000 in a browser, or point a client of OpenAI's protocol to
@@ -327,6 +328,9 @@ def described(served: ServedModel) -> str:
     held = "in few bits" if packed else f"{parameters / 1e6:,.1f} M parameters, {weight.dtype}"
     line = f"{served.name}: {held.replace('torch.', '')} on {weight.device.type}"
     line += f", context {served.context:,} tokens"
+    if served.host is not None:
+        base = served.host.source
+        return f"{served.name}: an adapter of {base}, context {served.context:,} tokens."
     if served.engine is None:
         return f"{line}, for embeddings."
     engine = served.engine.engine

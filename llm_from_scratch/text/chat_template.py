@@ -60,9 +60,78 @@ CHATML = """\
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 
-# For models that bring none: "plain" needs no special tokens and is what a base model gets;
-# "chatml" needs <|im_start|> and <|im_end|> in the vocabulary.
-TEMPLATES = {"plain": PLAIN, "chatml": CHATML}
+# The frame of Stanford Alpaca. Its readers keep the parts of a request as `instruction` and `input`
+# beside the content, which holds both for every other template.
+ALPACA = """\
+{%- if messages[0]['role'] not in ('system', 'developer') -%}
+{{- 'Below is an instruction that describes a task. Write a response that appropriately ' -}}
+{{- 'completes the request.\\n\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{- '### Response:\\n' -}}
+{%- generation -%}{{- message['content'] + (eos_token or '') -}}{%- endgeneration -%}
+{%- if not loop.last -%}{{- '\\n\\n' -}}{%- endif -%}
+{%- elif message['role'] == 'user' -%}
+{{- '### Instruction:\\n' + (message['instruction'] or message['content']) + '\\n\\n' -}}
+{%- if message['input'] -%}{{- '### Input:\\n' + message['input'] + '\\n\\n' -}}{%- endif -%}
+{%- else -%}
+{{- message['content'] + '\\n\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '### Response:\\n' -}}{%- endif -%}
+"""
+
+PHI3 = """\
+{%- for message in messages -%}
+{{- '<|' + message['role'] + '|>\\n' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- message['content'] + '<|end|>' -}}{%- endgeneration -%}
+{%- else -%}
+{{- message['content'] + '<|end|>' -}}
+{%- endif -%}
+{{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}
+"""
+
+LLAMA3 = """\
+{{- bos_token or '' -}}
+{%- for message in messages -%}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- message['content'] | trim + '<|eot_id|>' -}}{%- endgeneration -%}
+{%- else -%}
+{{- message['content'] | trim + '<|eot_id|>' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
+{%- endif -%}
+"""
+
+JAPANESE = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{- 'アシスタント：' -}}
+{%- generation -%}{{- message['content'] + (eos_token or '') -}}{%- endgeneration -%}
+{%- if not loop.last -%}{{- '\\n' -}}{%- endif -%}
+{%- elif message['role'] == 'user' -%}
+{{- 'ユーザ：' + message['content'] + '\\n' -}}
+{%- else -%}
+{{- message['content'] + '\\n\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'アシスタント：' -}}{%- endif -%}
+"""
+
+# For models that bring none. "plain", "alpaca" and "japanese" end an answer with the vocabulary's
+# end-of-text token and need no other; "plain" is what a base model gets. The rest need their
+# control tokens in the vocabulary.
+TEMPLATES = {
+    "plain": PLAIN, "chatml": CHATML, "alpaca": ALPACA, "phi3": PHI3, "llama3": LLAMA3,
+    "japanese": JAPANESE,
+}  # fmt: skip
 
 
 class GenerationBlocks(jinja2.ext.Extension):

@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 
 from llm_from_scratch.core.errors import UserError
-from llm_from_scratch.text.backend import run_backend
+from llm_from_scratch.text.backend import Placed, run_backend, run_with_places
 from llm_from_scratch.text.checks import Config, Spec
 from llm_from_scratch.text.classes import BERT, add_special, plain_pieces
 from llm_from_scratch.text.formats import added_token
@@ -68,6 +68,10 @@ class JapaneseWords:
     def encode(self, backend: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
         return run_backend(backend, [self.words(text) for text in texts], words=True)
 
+    def cut(self, backend: tokenizers.Tokenizer, words: list[str]) -> list[list[Placed]]:
+        """The tokens of each word, and where in the word they stand."""
+        return run_with_places(backend, words)
+
     def files(self, tokens: list[str | None]) -> dict[str, bytes]:
         return {"vocab.txt": write_vocab_txt(tokens).encode()}
 
@@ -90,12 +94,19 @@ class JapanesePieces(JapaneseWords):
     def encode(self, backend: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
         rows = [self.words(text) for text in texts]
         words = sorted({word for row in rows for word in row})
-        found = [
+        ids_of = dict(zip(words, self._ids(words), strict=True))
+        return [[i for word in row for i in ids_of[word]] for row in rows]
+
+    def cut(self, backend: tokenizers.Tokenizer, words: list[str]) -> list[list[Placed]]:
+        # Pieces are of the word as SentencePiece normalises it: each stands for all of the word.
+        found = zip(words, self._ids(words), strict=True)
+        return [[(i, 0, len(word)) for i in ids] for word, ids in found]
+
+    def _ids(self, words: list[str]) -> list[list[int]]:
+        return [
             [j for i in ids for j in self._comma_apart(i)]
             for ids in self.pieces.encode_batch(words)
         ]
-        ids_of = dict(zip(words, found, strict=True))
-        return [[i for word in row for i in ids_of[word]] for row in rows]
 
     def _comma_apart(self, number: int) -> list[int]:
         """A piece such as `▁5,` is cut again without its comma, a habit taken over from ALBERT."""

@@ -46,6 +46,8 @@ def _texts(folder: Path) -> None:
     (folder / "rows.jsonl").write_text('{"text": "a row"}\n{"text": \n', "utf-8")
     (folder / "titles.jsonl").write_text('{"title": "a row"}\n' * 3, "utf-8")
     (folder / "table.csv").write_text("id,body\n1,words\n", "utf-8")
+    (folder / "labels.csv").write_text("text,label\ngood words,good\nbad words,bad\n", "utf-8")
+    (folder / "twice.csv").write_text("text,text\ngood,good\n", "utf-8")
     (folder / "books.zip").write_bytes(b"PK\x03\x04 this is no archive")
     newer = io.BytesIO()
     with zipfile.ZipFile(newer, "w") as archive:
@@ -65,6 +67,7 @@ def _settings(folder: Path) -> None:
         "wrong-part.yaml": "trian:\n  max_steps: 20\n",
         "wrong-type.yaml": "train:\n  max_steps: many\n",
         "flat.yaml": "train: 20\n",
+        "sft.yaml": "method: sft\n",
     }.items():
         (folder / name).write_text(content, "utf-8")
 

@@ -132,8 +132,8 @@ def test_the_table_is_long_and_knows_every_door() -> None:
     assert len(set(commands)) == len(commands) >= 40
     doors = {word for command in commands for word in shlex.split(command)[1:2]}
     assert doors >= {
-        "quickstart", "tokenizer", "pretrain", "generate", "chat", "models", "pull", "info",
-        "convert", "doctor",
+        "quickstart", "tokenizer", "pretrain", "finetune", "dedup", "generate", "chat", "models",
+        "pull", "info", "convert", "doctor",
     }  # fmt: skip
 
 
