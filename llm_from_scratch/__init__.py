@@ -24,6 +24,7 @@ _NAMES: dict[str, tuple[str, str | None]] = {
     "generate": ("llm_from_scratch.generate", None),
     "quantize": ("llm_from_scratch.train.quantize", "quantize"),
     "pretrain": ("llm_from_scratch.train.pretrain", "pretrain"),
+    "finetune": ("llm_from_scratch.train.finetune", "finetune"),
     "PretrainConfig": ("llm_from_scratch.train.settings", "PretrainConfig"),
     "UserError": ("llm_from_scratch.core.errors", "UserError"),
     "RunError": ("llm_from_scratch.core.errors", "RunError"),

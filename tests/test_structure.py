@@ -219,8 +219,8 @@ def test_the_checks_can_fail() -> None:
 
 def test_the_public_names() -> None:
     names = {
-        "__version__", "load", "save", "generate", "quantize", "pretrain", "PretrainConfig",
-        "UserError", "RunError",
+        "__version__", "load", "save", "generate", "quantize", "pretrain", "finetune",
+        "PretrainConfig", "UserError", "RunError",
     }  # fmt: skip
     assert set(llm_from_scratch.__all__) == names
     assert names <= set(dir(llm_from_scratch))

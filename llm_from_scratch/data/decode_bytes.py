@@ -39,6 +39,21 @@ _ISOLATED = re.compile(rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])")
 _CONTROLS = re.compile(rb"[\x01-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 
 
+class DamagedUtf8(UserError):
+    """UTF-8 in which some bytes cannot be decoded."""
+
+
+def decode_rows(data: bytes, name: str) -> tuple[str, bool]:
+    """Like `decode_text`, for data whose rows are judged one by one: (text, whether damaged).
+
+    In damaged UTF-8 each byte that cannot be decoded is a lone surrogate, U+DC80 to U+DCFF.
+    """
+    try:
+        return decode_text(data, name)[0], False
+    except DamagedUtf8:
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape"), True
+
+
 def decode_text(data: bytes, name: str) -> tuple[str, str]:
     """The text in `data` and the name of its encoding.
 
@@ -83,13 +98,14 @@ def _first_that_decodes(data: bytes, encodings: tuple[str, ...], name: str) -> t
 def _broken(error: UnicodeDecodeError, encoding: str, name: str, skip: int = 0) -> UserError:
     """The sentence for data that is of `encoding` but damaged."""
     position, label = error.start + skip, _NAMES.get(encoding, encoding.upper())
+    kind = DamagedUtf8 if encoding == "utf-8" else UserError
     at_the_end = ("unexpected end", "incomplete", "truncated")  # UTF-8, East Asian, UTF-16
     if error.end == len(error.object) and any(words in error.reason for words in at_the_end):
-        return UserError(
+        return kind(
             f"{name}: this is {label} cut in the middle of a character, at byte {position:,}; "
             "take the file from its source again."
         )
-    return UserError(
+    return kind(
         f"{name}: this looks like {label}, but byte {position:,} cannot be decoded; repair the "
         "file or convert it to UTF-8."
     )

@@ -10,13 +10,15 @@ number (FracMinHash, Irber et al. 2022): unlike the usual signatures in LSH band
 Jaccard similarity, it also finds a short text inside of a long one. Candidates are then compared
 exactly, on all their shingles, so nothing is ever dropped by an estimate. What can be missed is a
 text of fewer than about 40 shingles inside of one of more than 256, and pairs among many texts
-that share most of their shingles with a crowd. Everything is deterministic: no random seed, no
-order of a set.
+that share most of their shingles with a crowd; `exact=True` misses nothing, for more time: each
+text asks for its rarest shingles among those of all others (prefix filtering, Chaudhuri et al.
+2006). Everything is deterministic: no random seed, no order of a set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,46 +93,117 @@ def drop_near_duplicates(
     threshold: float = 0.8,
     *,
     against: Sequence[Document] = (),
+    exact: bool = False,
 ) -> tuple[list[Document], list[Dropped]]:
     """Leave out documents of which `threshold` is contained in another, or the other in them.
 
     Of a group the largest document stays (of equals, the first). `against` are documents that stay
     whatever happens, such as a validation split: what is like one of them is dropped, they
-    themselves are not returned. Both results are in the order of `documents`.
+    themselves are not returned. `exact`: no candidate is missed. Both results are in the order of
+    `documents`.
     """
     every = [*against, *documents]
-    sets = [shingles(document.text) for document in every]
+    found = _like_others([shingles(one.text) for one in every], len(against), threshold, exact)
+    kept = [one for n, one in enumerate(every) if n >= len(against) and n not in found]
+    return kept, [Dropped(every[n], every[of], found[n][1]) for n, (of, _) in sorted(found.items())]
+
+
+class Duplicate(NamedTuple):
+    """A text that is like another: both by number, the other's from below 0 for `against`.
+
+    `of` is the text itself (-1 is the last of `against`, as in a list), `exact` whether the two are
+    the same but for case, width and blanks; `similarity` is the containment.
+    """
+
+    number: int
+    of: int
+    similarity: float
+    exact: bool
+
+
+def find_duplicates(
+    texts: Sequence[str],
+    threshold: float = 0.8,
+    *,
+    against: Sequence[str] = (),
+    among: bool = True,
+    exact: bool = False,
+) -> list[Duplicate]:
+    """The texts to leave out, in their order, so that none is like another or like `against`.
+
+    Without `among`, only so that none is like `against`.
+
+    First what is the same as an earlier text but for case, width (full or half) and blanks, then
+    near-duplicates as in `drop_near_duplicates`. Texts without words can only be the same.
+    """
+    first: dict[str, int] = {}
+    for number, text in enumerate(against, start=-len(against)):
+        first.setdefault(plain(text), number)
+    found, left = [], []
+    for number, text in enumerate(texts):
+        of = first.setdefault(plain(text), number) if among else first.get(plain(text), number)
+        if of == number:
+            left.append(number)
+        else:
+            found.append(Duplicate(number, of, 1.0, True))
+    sets = [shingles(text) for text in [*against, *(texts[number] for number in left)]]
+    alike = _like_others(sets, len(against), threshold, exact, among)
+    for number, (of, share) in alike.items():
+        other = of - len(against)  # from below 0 for `against`
+        place = left[other] if other >= 0 else other
+        found.append(Duplicate(left[number - len(against)], place, share, False))
+    return sorted(found)
+
+
+def plain(text: str) -> str:
+    """A text by which others are the same: without case, width and blanks."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _like_others(
+    sets: Sequence[Hashes], fixed: int, threshold: float, exact: bool, among: bool = True
+) -> dict[int, tuple[int, float]]:
+    """Which sets to leave out, and the one that each is like; the first `fixed` stay.
+
+    Without `among` the others are compared with those alone.
+    """
     # Rank 0 is the document that wins against all others.
     order = sorted(
-        range(len(every)), key=lambda number: (number >= len(against), -len(sets[number]), number)
+        range(len(sets)), key=lambda number: (number >= fixed, -len(sets[number]), number)
     )
     ranked = [sets[number] for number in order]
     alive = np.ones(len(order), dtype=bool)
-    dropped: dict[int, Dropped] = {}
-    for rank, rivals in _candidates(ranked, threshold).items():
-        if order[rank] < len(against):
+    dropped: dict[int, tuple[int, float]] = {}
+    if exact:
+        candidates = _all_candidates(ranked, threshold, alive)
+    else:
+        candidates = iter(_candidates(ranked, threshold).items())
+    for rank, rivals in candidates:
+        if order[rank] < fixed:
             continue
         best, reason = 0.0, -1
         for rival in rivals:
-            if alive[rival]:
+            if alive[rival] and (among or rival < fixed):
                 found = similarity(ranked[rank], ranked[rival]).containment
                 if found > best:
                     best, reason = found, rival
         if best >= threshold:
             alive[rank] = False
-            number = order[rank]
-            dropped[number] = Dropped(every[number], every[order[reason]], best)
-    kept = [document for n, document in enumerate(every) if n >= len(against) and n not in dropped]
-    return kept, [dropped[number] for number in sorted(dropped)]
+            dropped[order[rank]] = order[reason], best
+    return dropped
 
 
 def similar_pairs(
-    documents: Sequence[Document], threshold: float = 0.8
+    documents: Sequence[Document], threshold: float = 0.8, *, exact: bool = False
 ) -> list[tuple[int, int, Similarity]]:
     """All pairs (i < j) of documents whose containment is at least `threshold`."""
     sets = [shingles(document.text) for document in documents]
     found = []
-    for second, rivals in _candidates(sets, threshold).items():
+    if exact:
+        candidates = _all_candidates(sets, threshold, np.ones(len(sets), dtype=bool))
+    else:
+        candidates = iter(_candidates(sets, threshold).items())
+    for second, rivals in candidates:
         for first in rivals:
             both = similarity(sets[first], sets[second])
             if both.containment >= threshold:
@@ -171,6 +244,51 @@ def _candidates(sets: Sequence[Hashes], threshold: float) -> dict[int, list[int]
     for one, other in zip(earlier[likely].tolist(), later[likely].tolist(), strict=True):
         found.setdefault(other, []).append(one)
     return dict(sorted(found.items()))
+
+
+def _all_candidates(
+    sets: Sequence[Hashes], threshold: float, alive: npt.NDArray[np.bool_]
+) -> Iterator[tuple[int, list[int]]]:
+    """For each set in turn all earlier ones that share `threshold` of the smaller, and some others.
+
+    Of a set's shingles, rarest first, so many may be missing in a larger one that one of the first
+    `len - ceil(threshold * len) + 1` must be in it. Only sets that are still `alive` are given, so
+    that of a crowd of copies each meets the one that stays, not all others.
+    """
+    sizes = np.array([len(hashes) for hashes in sets], np.int64)
+    if not sizes.sum():
+        return
+    _, places, counts = np.unique(np.concatenate(sets), return_inverse=True, return_counts=True)
+    ends = np.cumsum(sizes)
+    owners = np.repeat(np.arange(len(sets)), sizes)
+    # 1e-9: a product that is a hair above a whole number is that number.
+    asked = sizes - np.ceil(threshold * sizes - 1e-9).astype(np.int64) + 1
+    by_rarity = np.lexsort((counts[places], owners))
+    rank_inside = np.arange(len(owners)) - np.repeat(ends - sizes, sizes)
+    asking = np.zeros(len(owners), dtype=bool)
+    asking[by_rarity] = rank_inside < np.repeat(asked, sizes)
+    in_order = np.argsort(places, kind="stable")  # by shingle, then by owner
+    all_owners, begins = owners[in_order], np.concatenate([[0], np.cumsum(counts)])
+    few = in_order[asking[in_order]]
+    few_owners = owners[few]
+    few_begins = np.searchsorted(places[few], np.arange(len(counts) + 1))
+    least = np.minimum.accumulate(sizes)
+    for number, size in enumerate(sizes.tolist()):
+        here = slice(ends[number] - size, ends[number])
+        rivals = set[int]()
+        for shingle in places[here][asking[here]].tolist():  # in larger ones
+            others = all_owners[begins[shingle] : begins[shingle + 1]]
+            others = others[: np.searchsorted(others, number)]
+            rivals.update(others[(sizes[others] >= size) & alive[others]].tolist())
+        mine = places[here]
+        mine = mine[few_begins[mine + 1] > few_begins[mine]]
+        if number and least[number - 1] < size:
+            for shingle in mine.tolist():  # smaller ones in this one
+                others = few_owners[few_begins[shingle] : few_begins[shingle + 1]]
+                others = others[: np.searchsorted(others, number)]
+                rivals.update(others[(sizes[others] < size) & alive[others]].tolist())
+        if rivals:
+            yield number, sorted(rivals)
 
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.core.files import write_aside
+from llm_from_scratch.data.archives import Source, open_sources, shown
+from llm_from_scratch.data.decode_bytes import decode_rows
+from llm_from_scratch.data.tables import TABLES, records_of
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,72 @@ class BadRows:
 
 
 def read_rows(path: Path | str, bad: BadRows, columns: Sequence[str] = ()) -> Iterator[Row]:
-    """The rows of a .jsonl or .json file."""
-    with Path(path).open(encoding="utf-8") as file:
-        text = file.read()
-    if text.lstrip().startswith("["):
-        records = json.loads(text)
-    else:
-        records = [json.loads(line) for line in text.split("\n") if line.strip()]
-    for number, record in enumerate(records, start=1):
-        yield Row(record, f"{Path(path).name}:{number}")
+    """The rows of a file, or of the files in a folder in the order of their names.
+
+    .jsonl, .json, .csv, .tsv and .parquet, each also .gz or inside of a .zip. `columns` names the
+    columns of a .csv or .tsv without a header. Lines of a .txt are rows with the fields `text` and
+    `file` (the file's name without its ending), so that files can be labels; in a folder with
+    tables they are passed over. What cannot be read is said to `bad` with its row.
+
+    Raises:
+        UserError: for a path that is not there, or a file that is not what its name says.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{shown(path)} does not exist; check the path.")
+    for file in _files(path):
+        try:
+            for source in open_sources(file, bad):
+                if source.suffix not in (*TABLES, ".txt"):
+                    if file == path and source.name == shown(path):
+                        raise UserError(
+                            f"{source.name}: its ending is none of {', '.join(TABLES)} and .txt "
+                            "(each also .gz); rename the file after what it holds."
+                        )
+                    continue
+                yield from _rows(source, bad, columns)
+        except OSError as error:
+            raise UserError(f"{shown(file)}: cannot be read ({error.strerror or error}).") from None
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    inside = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    files = [path / file for file in sorted(inside) if not any(p[0] == "." for p in file.parts)]
+    tables = [file for file in files if not file.name.removesuffix(".gz").endswith(".txt")]
+    # A README.txt beside tables is no table; a folder of plain texts is read line by line.
+    return [file for file in tables if _is_table(file)] or files
+
+
+def _is_table(file: Path) -> bool:
+    suffix = Path(file.name.removesuffix(".gz")).suffix.lower()
+    return suffix in TABLES or suffix == ".zip"
+
+
+def _rows(source: Source, bad: BadRows, columns: Sequence[str]) -> Iterator[Row]:
+    records = records_of(source, bad, columns) if source.suffix in TABLES else _lines(source, bad)
+    for place, record in records:
+        if isinstance(record, dict):
+            yield Row(record, place)
+        else:
+            bad(f"{place}: is no object with named fields.")
+
+
+def _lines(source: Source, bad: BadRows) -> Iterator[tuple[str, dict[str, str]]]:
+    """The lines of a plain text as rows."""
+    text, damaged = decode_rows(source.read(), source.name)
+    file = PurePath(source.name.removesuffix(".gz")).stem
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removesuffix("\r")
+        if damaged and not line.isascii() and _broken(line):
+            bad(f"{source.name}:{number}: has a byte that is not UTF-8; mend the row.")
+        elif line.strip():
+            yield f"{source.name}:{number}", {"text": line, "file": file}
+
+
+def _broken(line: str) -> bool:
+    return any("\udc80" <= char <= "\udcff" for char in line)
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -9,38 +9,39 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from llm_from_scratch.core.config import from_dict, read_yaml
 from llm_from_scratch.core.device import pick_device
-from llm_from_scratch.core.errors import UserError
-from llm_from_scratch.core.files import write_aside
+from llm_from_scratch.core.errors import RunError, UserError
+from llm_from_scratch.core.files import ASIDE, write_aside
 from llm_from_scratch.core.runlog import LiveLine, plot_losses, read_json, write_json
-from llm_from_scratch.data.near_duplicates import drop_near_duplicates
-from llm_from_scratch.data.read import Document
 from llm_from_scratch.data.records import BadRow, BadRows, Row, stored_rows, write_rows
-from llm_from_scratch.data.split import drawing_order
-from llm_from_scratch.evaluate.report import Section, Table, write_report
-from llm_from_scratch.model.lora import add_lora
+from llm_from_scratch.train.adapt import adapt, check_adaptation, write_adapter
 from llm_from_scratch.train.checkpoint import own_parameters
+from llm_from_scratch.train.finetune_report import finite, write_run_report
+from llm_from_scratch.train.finetune_rows import PARTS, gather, reason, tell
 from llm_from_scratch.train.loop import Hooks, Loop
 from llm_from_scratch.train.methods import method_named
 from llm_from_scratch.train.methods.base import FinetuneConfig, FinetuneMethod, Outcome
+from llm_from_scratch.train.methods.names import METHODS
 from llm_from_scratch.train.run import Run, carry_out, steps_of, with_train, write_card
 from llm_from_scratch.weights.folder_write import save_folder
+from llm_from_scratch.weights.sources import locate
 
-PARTS = ("train", "val", "test")
-SHOWN = 8  # broken rows named on the terminal; data/skipped.txt has them all
 SAMPLES = 3  # validation rows that samples.md follows through the training
 
 
 def finetune(
     method: str,
-    config: FinetuneConfig | None = None,
+    config: FinetuneConfig | Mapping[str, Any] | None = None,
     *,
     resume: bool = False,
     quiet: bool = False,
@@ -48,18 +49,38 @@ def finetune(
 ) -> Run:
     """Fine-tune `config.model` by the method of that name, into the folder `config.out`.
 
-    `config` is of the method's own class (`method_named("sft").Config`). See `run.carry_out` for
-    `resume` and `given`.
+    `config` is of the method's own class (`method_named("sft").Config`), or a nested mapping such
+    as a YAML file holds: `{"model": "smollm2-135m", "data": {"paths": ["chats.jsonl"]}, "out":
+    "runs/chat"}`. See `run.carry_out` for `resume` and `given`.
     """
     cls = method_named(method)
+    if isinstance(config, Mapping):
+        given = dict(config) if given is None else given
+        config = from_dict(cls.Config, config)
     config = cls.Config() if config is None else config
     if not isinstance(config, cls.Config):
         raise UserError(
             f"The settings are a {type(config).__name__}; {method} needs a {cls.Config.__name__}."
         )
     config = dataclasses.replace(config, method=method)
+    if resume:
+        refuse_other_run(method, config.out)
     work = Finetuning(method, cls)
     return carry_out(work, config, resume=resume, quiet=quiet, given=given)
+
+
+def refuse_other_run(method: str, out: str) -> None:
+    """A run is gone on with by the method that began it."""
+    path = Path(out) / "config.yaml"
+    if not out or not path.is_file():
+        return  # `carry_out` says so
+    began = read_yaml(path).get("method")
+    if began != method:
+        verb = f"finetune {began}" if began in METHODS else "pretrain"
+        raise UserError(
+            f"{out} is no run of finetune {method}; go on with it: scratchlm {verb} --out {out} "
+            "--resume"
+        )
 
 
 class Finetuning:
@@ -74,6 +95,7 @@ class Finetuning:
         self.items: dict[str, list[Any]] = {}
         self.method: FinetuneMethod
         self.model: Any
+        self.told: dict[str, Any] = {}  # of the adaptation, for summary.json
 
     # --- a new run and a resumed one -----------------------------------------------------------
 
@@ -82,35 +104,31 @@ class Finetuning:
     ) -> tuple[FinetuneConfig, dict[str, str]]:
         if not config.model:
             raise UserError("No model was given; name the one to start from, as MODEL.")
+        check_adaptation(config.lora, config.freeze)
+        locate(config.model)  # a wrong name is said before the rows are read
         self.method = self.cls(config)
         bad = BadRows(config.data.on_bad)
-        self.rows, counts = gather(self.method, config, bad, line)
-        self.method.learn(self.rows["train"])
-        for part in PARTS[1:]:
-            kept = []
-            for row in self.rows[part]:
-                try:
-                    self.method.check_against(row.values)
-                    kept.append(row)
-                except BadRow as error:
-                    bad(f"{row.place}: {error}")
-            self.rows[part] = kept
-        self.model = self.method.open()
-        self._encode(bad, line)
-        tell(bad, line)
-        if not self.rows["train"]:
-            raise UserError("No row is left to learn from" + reason(bad))
+        gathered = gather(self.method, config, bad, line)
+        self.rows, counts = gathered.rows, gathered.counts
+        self._open(config, bad, line)
+        tell(bad.sentences, "data/skipped.txt", line)
+        tell(gathered.conflicts, "data/conflicts.txt", line)
         counts |= {f"{part}_rows": len(self.rows[part]) for part in PARTS}
         counts["skipped_rows"] = len(bad.sentences)
         line.say(", ".join(f"{name.replace('_', ' ')}: {n:,}" for name, n in counts.items()) + ".")
         for part in PARTS:
             write_rows(folder / "data" / f"{part}.jsonl", self.rows[part])
-        with write_aside(folder / "data" / "skipped.txt") as file:
-            file.write("".join(f"{sentence}\n" for sentence in bad.sentences))
+        for name, sentences in (
+            ("skipped", bad.sentences), ("duplicates", gathered.duplicates),
+            ("conflicts", gathered.conflicts),
+        ):  # fmt: skip
+            with write_aside(folder / "data" / f"{name}.txt") as file:
+                file.write("".join(f"{sentence}\n" for sentence in sentences))
         write_json(folder / "data" / "counts.json", counts)
-        config = with_train(config, steps_of(config.train, len(self.items["train"])))
+        sequences = self.method.sequences(self.items["train"])
+        config = with_train(config, steps_of(config.train, sequences))
         self.method.config = config
-        self._adapt(config)
+        self._adapt(config, line)
         self.method.prepare(self.model, self.items, folder, line)
         hashes = {part: file_hash(folder / "data" / f"{part}.jsonl") for part in PARTS}
         return config, hashes
@@ -126,8 +144,34 @@ class Finetuning:
         self.method.learn(self.rows["train"])
         self.model = self.method.open()
         self._encode(BadRows("stop"), line)
-        self._adapt(config)
+        self._adapt(config, line)
         self.method.prepare(self.model, self.items, folder, line)
+
+    def _open(self, config: FinetuneConfig, bad: BadRows, line: LiveLine) -> None:
+        """The model and the items of all rows, as they will be found again from the rows kept."""
+        while True:
+            learnt = len(self.rows["train"])
+            if not learnt:
+                raise UserError("No row is left to learn from" + reason(bad))
+            self.method.learn(self.rows["train"])
+            self._check_against(bad)
+            self.model = self.method.open()
+            self._encode(bad, line)
+            if len(self.rows["train"]) == learnt:
+                return
+            # What is too long for the model must not have taught a label.
+            self.method, self.model = self.cls(config), None
+
+    def _check_against(self, bad: BadRows) -> None:
+        for part in PARTS[1:]:
+            kept = []
+            for row in self.rows[part]:
+                try:
+                    self.method.check_against(row.values)
+                    kept.append(row)
+                except BadRow as error:
+                    bad(f"{row.place}: {error}")
+            self.rows[part] = kept
 
     def _encode(self, bad: BadRows, line: LiveLine) -> None:
         """The items of all rows; rows that cannot be encoded are left out."""
@@ -142,10 +186,9 @@ class Finetuning:
                     bad(f"{row.place}: {error}")
             self.rows[part], self.items[part] = kept, items
 
-    def _adapt(self, config: FinetuneConfig) -> None:
+    def _adapt(self, config: FinetuneConfig, line: LiveLine) -> None:
         """Adapters, or frozen layers."""
-        if config.lora.rank:
-            add_lora(self.model, config.lora, config.train.seed)
+        self.told = adapt(self.model, config.lora, config.freeze, config.train.seed, line)
 
     # --- training ----------------------------------------------------------------------------
 
@@ -154,6 +197,7 @@ class Finetuning:
         hooks = Hooks(save_best=lambda model: save_best(model, folder))
         if items["val"]:
             hooks.val_batches = lambda: method.val_batches(items["val"])
+            hooks.val_figures = lambda model: method.val_figures(model, items["val"])
             hooks.sample = self._sampler(folder)
         loop = Loop(
             self.model, method, method.source(items["train"]), config.train,
@@ -165,10 +209,12 @@ class Finetuning:
             f"Model: {config.model}, {total / 1e6:.2f} M parameters, of which "
             f"{trained / 1e6:.2f} M are trained; {config.train.precision} on {config.train.device}."
         )
-        if self.cls.shows_before and not (folder / "before.json").is_file():
+        known = (folder / "before.json").is_file() or not (items["test"] or items["val"])
+        if self.cls.shows_before and not known and loop.world.main:
             before = self._outcome("test" if items["test"] else "val", loop.line)
             write_json(
-                folder / "before.json", {"figures": before.figures, "examples": before.examples}
+                folder / "before.json",
+                {"figures": finite(before.figures), "examples": before.examples},
             )
         return loop
 
@@ -200,113 +246,35 @@ class Finetuning:
         line: LiveLine,
         summary: dict[str, Any],
     ) -> None:
-        p = loop.progress
         if self.items["val"]:
+            p = loop.progress
             summary |= {"val_loss": p.val_loss, "best_val_loss": p.best_val_loss}
             load_best(self.model, folder)
         summary["trainable_parameters"] = sum(q.numel() for q in loop.parameters)
+        summary |= self.told
         summary |= read_json(folder / "data" / "counts.json")
-        sections: list[Section] = []
         after = Outcome()
         for part in ("val", "test"):
             if self.items[part]:
                 after = self._outcome(part, line)
                 summary |= {f"{part}_{name}": value for name, value in after.figures.items()}
-        before = folder / "before.json"
-        known = read_json(before) if before.is_file() else {"figures": {}, "examples": []}
+        path = folder / "before.json"
+        before = read_json(path) if path.is_file() else {"figures": {}, "examples": []}
         part = "test" if self.items["test"] else "val"
-        summary |= {f"base_{part}_{name}": value for name, value in known["figures"].items()}
-        sections += after.sections
-        if after.examples:
-            sections.append(examples_section(known["examples"], after.examples))
+        summary |= {f"base_{part}_{name}": value for name, value in before["figures"].items()}
+        summary |= finite(summary)
+        write_adapter(self.model, folder, config.model)
         save_folder(self.model, self.method.tokenizer, folder / "model")
-        plot_losses(folder, f"{folder.name}: {self.name} of {config.model}")
-        figures = Section("Figures", table=Table(("figure", "value"), list(summary.items())))
-        write_report(folder, f"{folder.name}: {self.name} of {config.model}", [figures, *sections])
+        for made in ("adapter", "model"):
+            if (folder / made).is_dir():
+                self.method.save_beside(self.model, folder / made)
+        title = f"{folder.name}: {self.name} of {config.model}"
+        plot_losses(folder, title)
+        write_run_report(folder, title, summary, before, after)
         write_card(
             folder, summary, f"{config.model}, fine-tuned with scratchlm ({self.name}).",
             [f"Training rows: {len(self.rows['train']):,}"], self.cls.pipeline,
         )  # fmt: skip
-
-
-# --- rows ----------------------------------------------------------------------------------------
-
-
-def gather(
-    method: FinetuneMethod, config: FinetuneConfig, bad: BadRows, line: LiveLine
-) -> tuple[dict[str, list[Row]], dict[str, int]]:
-    """The checked rows of each part without near-duplicates, and how many of those there were."""
-    data, found = config.data, dict[str, list[Row]]()
-    if not data.paths:
-        raise UserError("No data was given; name a file with --data.")
-    for part, paths in zip(PARTS, (data.paths, data.val, data.test), strict=True):
-        found[part] = [row for path in paths for row in checked(method, path, bad, line)]
-    if not any(found.values()):
-        raise UserError(f"{', '.join(data.paths)}: no row can be used" + reason(bad))
-    counts: dict[str, int] = {}
-    if data.drop_duplicates:
-        # What is tested stays; what is like it must not be learnt from.
-        against: list[Row] = []
-        for part in ("test", "val", "train"):
-            before = len(found[part])
-            found[part] = without_duplicates(method, found[part], against, data.similarity)
-            against = [*against, *found[part]]
-            if before:
-                counts[f"{part}_duplicates"] = before - len(found[part])
-    seed = config.train.seed
-    for part, paths, share in (
-        ("test", data.test, data.test_fraction), ("val", data.val, data.val_fraction),
-    ):  # fmt: skip
-        if not paths and share:
-            total = len(found["train"]) + sum(
-                len(found[q]) for q in ("test", "val") if not getattr(data, q)
-            )
-            found["train"], found[part] = split_rows(found["train"], round(share * total), seed)
-    return found, counts
-
-
-def checked(method: FinetuneMethod, path: str, bad: BadRows, line: LiveLine) -> list[Row]:
-    """The rows of a file in the method's shape."""
-    rows = []
-    for row in method.read(path, bad):
-        line.show(f"Reading {row.place}")
-        try:
-            rows.append(Row(method.check(row.values), row.place))
-        except BadRow as error:
-            bad(f"{row.place}: {error}")
-    return rows
-
-
-def without_duplicates(
-    method: FinetuneMethod, rows: list[Row], against: list[Row], threshold: float
-) -> list[Row]:
-    """Rows that are like no other and like none of `against`."""
-
-    def documents(some: list[Row]) -> list[Document]:
-        return [Document(method.text_of(row.values), row.place) for row in some]
-
-    kept, _ = drop_near_duplicates(documents(rows), threshold, against=documents(against))
-    places = {document.source for document in kept}
-    return [row for row in rows if row.place in places]
-
-
-def split_rows(rows: list[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """(the rest, `count` rows drawn by `seed`), both in their order."""
-    drawn = set(drawing_order(len(rows), seed)[:count])
-    rest = [row for number, row in enumerate(rows) if number not in drawn]
-    return rest, [row for number, row in enumerate(rows) if number in drawn]
-
-
-def tell(bad: BadRows, line: LiveLine) -> None:
-    """The first broken rows on the terminal."""
-    for sentence in bad.sentences[:SHOWN]:
-        line.say(f"Left out: {sentence}")
-    if len(bad.sentences) > SHOWN:
-        line.say(f"Left out: {len(bad.sentences) - SHOWN:,} more, see data/skipped.txt.")
-
-
-def reason(bad: BadRows) -> str:
-    return f" (the first reason: {bad.sentences[0]})" if bad.sentences else "."
 
 
 def file_hash(path: Path) -> str:
@@ -321,15 +289,22 @@ def save_best(model: nn.Module, folder: Path) -> None:
     """What is trained, as it is now, into checkpoints/best.safetensors."""
     path = folder / "checkpoints" / "best.safetensors"
     path.parent.mkdir(exist_ok=True)
-    aside = path.with_name(f".{path.name}")
-    save_file({n: p.contiguous().cpu() for n, p in own_parameters(model).items()}, aside)
-    aside.replace(path)
+    aside = path.with_name(f"{ASIDE}{path.name}")
+    try:
+        save_file({n: p.contiguous().cpu() for n, p in own_parameters(model).items()}, aside)
+        aside.replace(path)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise RunError(f"Cannot write {path}: {error}. Make room, then --resume.") from error
 
 
 @torch.no_grad()
 def load_best(model: nn.Module, folder: Path) -> None:
     """Put back what `save_best` kept."""
-    stored = load_file(folder / "checkpoints" / "best.safetensors")
+    path = folder / "checkpoints" / "best.safetensors"
+    if not path.is_file():
+        return  # no loss was a number
+    stored = load_file(path)
     for name, parameter in own_parameters(model).items():
         parameter.copy_(stored[name])
 
@@ -342,13 +317,3 @@ def append_sample(folder: Path, step: int, examples: list[dict[str, str]]) -> No
     text = "\n".join(f"**{e['given']!r}**\n\n```text\n{e['got']}\n```\n" for e in examples)
     with write_aside(path) as file:
         file.write(f"{old.rstrip()}\n\n## Step {step}\n\n{text}")
-
-
-def examples_section(before: list[dict[str, str]], after: list[dict[str, str]]) -> Section:
-    """The same rows before and after."""
-    earlier = {example["place"]: example["got"] for example in before}
-    header = ("row", "given", "wanted", "before", "after")
-    rows = [
-        (e["place"], e["given"], e["wanted"], earlier.get(e["place"], ""), e["got"]) for e in after
-    ]
-    return Section("Examples", table=Table(header, rows))

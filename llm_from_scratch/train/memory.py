@@ -73,8 +73,6 @@ def loss_bytes(config: AnyConfig, run: Pass, head: HeadConfig | None = None) -> 
     held = n * m * run.size + n * INT64 + n * v * FP32
     if stack.logit_softcap is not None:
         held += n * v * run.size
-    if run.compute != run.weights:
-        held += v * m * run.size
     return held, 2 * n * v * FP32
 
 

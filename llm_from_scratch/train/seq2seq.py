@@ -70,4 +70,5 @@ class Seq2Seq:
         encoded = model.encoder(batch.source, attention_mask=batch.source_mask)
         hidden = model.hidden(seen, encoded, attention_mask=batch.source_mask)
         loss_sum = next_token_loss_sum(model, hidden, batch.labels)
-        return LossSum(loss_sum, (batch.labels != IGNORED).sum())
+        count = (batch.labels != IGNORED).sum()
+        return LossSum(loss_sum, count, tokens=int(batch.source_mask.sum() + count))

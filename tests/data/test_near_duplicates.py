@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from llm_from_scratch.data.near_duplicates import (
     CROWD,
+    Duplicate,
     drop_near_duplicates,
+    find_duplicates,
     shingles,
     similar_pairs,
     similarity,
@@ -103,13 +105,81 @@ def test_the_threshold() -> None:
     assert len(drop_near_duplicates(pair, exact + 0.01)[1]) == 0
 
 
-def test_a_crowd_of_copies() -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_crowd_of_copies(exact: bool) -> None:
     """Thousands of pages from one template cost no quadratic time and leave one page."""
     template = prose(7, 200)
     pages = [document([*template, f"page{n}"], str(n)) for n in range(3 * CROWD)]
-    kept, dropped = drop_near_duplicates(pages)
+    kept, dropped = drop_near_duplicates(pages, exact=exact)
     assert len(kept) == 1
     assert len(dropped) == len(pages) - 1
+
+
+@given(
+    st.lists(st.lists(st.sampled_from("abcdef"), max_size=14), max_size=12),
+    st.sampled_from([0.3, 0.5, 0.6, 0.75, 0.8, 1.0]),
+)
+def test_the_exact_search_misses_nothing(texts: list[list[str]], threshold: float) -> None:
+    documents = [document(words, str(number)) for number, words in enumerate(texts)]
+    sets = [shingles(one.text) for one in documents]
+    pairs = [
+        (i, j)
+        for (i, first), (j, second) in itertools.combinations(enumerate(sets), 2)
+        if similarity(first, second).containment >= threshold
+    ]
+    found = similar_pairs(documents, threshold, exact=True)
+    assert [pair[:2] for pair in found] == pairs
+    kept, dropped = drop_near_duplicates(documents, threshold, exact=True)
+    assert len(kept) + len(dropped) == len(documents)
+    assert similar_pairs(kept, threshold, exact=True) == []
+
+
+@given(
+    st.lists(st.lists(st.sampled_from("abcdef"), max_size=14), max_size=8),
+    st.lists(st.lists(st.sampled_from("abcdef"), max_size=14), max_size=6),
+    st.sampled_from([0.5, 0.75, 1.0]),
+    st.booleans(),
+)
+def test_nothing_like_what_must_stay_is_kept(
+    texts: list[list[str]], against: list[list[str]], threshold: float, among: bool
+) -> None:
+    fixed = [" ".join(words) for words in against]
+    every = [" ".join(words) for words in texts]
+    found = find_duplicates(every, threshold, against=fixed, among=among, exact=True)
+    out = {one.number for one in found}
+    for number, text in enumerate(every):
+        if number not in out:
+            for other in fixed:
+                assert text != other
+                assert similarity(shingles(text), shingles(other)).containment < threshold
+    for one in found:
+        other = fixed[one.of] if one.of < 0 else every[one.of]
+        same = similarity(shingles(every[one.number]), shingles(other)).containment
+        assert one.exact or same == one.similarity >= threshold
+        assert among or one.of < 0
+
+
+def test_a_short_text_inside_of_a_long_one_is_found_exactly() -> None:
+    long = document(prose(1, 4000), "long")
+    parts = [document(prose(1, 4000)[n : n + 12], str(n)) for n in range(0, 3000, 300)]
+    _, dropped = drop_near_duplicates([long, *parts], exact=True)
+    assert [d.document for d in dropped] == parts
+    _, estimated = drop_near_duplicates([long, *parts])
+    assert len(estimated) < len(parts)  # what the sketches are known to miss
+
+
+def test_the_same_and_the_alike_are_told_apart() -> None:
+    text = " ".join(prose(1, 60))
+    texts = ["!?", text, text.upper(), "ＡＢＣ", " abc", "!?", f"{text} and more", "new words"]
+    assert find_duplicates(texts, against=["new  Words", "other"]) == [
+        Duplicate(1, 6, 1.0, False),
+        Duplicate(2, 1, 1.0, True),
+        Duplicate(4, 3, 1.0, True),
+        Duplicate(5, 0, 1.0, True),
+        Duplicate(7, -2, 1.0, True),
+    ]
+    (found,) = find_duplicates([text], against=["x", f"see: {text}."])
+    assert (found.of, found.exact) == (-1, False)
 
 
 def test_nothing_and_texts_without_words() -> None:

@@ -52,8 +52,10 @@ class RecordSettings:
     """Share of the rows that the best model is chosen on, without data.val."""
     test_fraction: float = 0.1
     """Share of the rows that the result is measured on, without data.test."""
+    avoid: tuple[str, ...] = ()
+    """Files with texts that must not be learnt from, such as the tests of other tasks."""
     drop_duplicates: bool = True
-    """Leave out near-duplicates before the split, so that what is tested is new."""
+    """Leave out duplicates and near-duplicates before the split, so that what is tested is new."""
     similarity: float = 0.8
     """The share of a text's word sequences in another one that makes it a near-duplicate."""
     max_length: int | None = None
@@ -156,6 +158,14 @@ class FinetuneMethod:
         """The text by which near-duplicates of a checked row are found."""
         raise NotImplementedError
 
+    def label_of(self, values: dict[str, Any]) -> Any:
+        """What a checked row wants, by which rows of the same text may contradict each other."""
+        return values.get("label")
+
+    def select(self, rows: list[Row]) -> list[Row]:
+        """The rows of data.paths that are used at all, before they are divided: a balance, say."""
+        return rows
+
     def learn(self, rows: Sequence[Row]) -> None:
         """Look at the checked training rows (labels, say) before the model is opened."""
 
@@ -186,6 +196,9 @@ class FinetuneMethod:
         the folder, under `preparation`.
         """
 
+    def save_beside(self, model: nn.Module, folder: Path) -> None:
+        """Write into a saved model's (or adapter's) folder what its class cannot hold."""
+
     # --- learning ----------------------------------------------------------------------------
 
     def encode(self, values: dict[str, Any]) -> Any:
@@ -204,6 +217,10 @@ class FinetuneMethod:
         """The training items by number."""
         return Examples(items, self.collate, self.config.train.seed)
 
+    def sequences(self, items: Sequence[Any]) -> int:
+        """How many sequences an epoch has: more than items where one of these gives several."""
+        return len(items)
+
     def val_batches(self, items: Sequence[Any]) -> Iterator[Any]:
         """The validation items in batches, always the same."""
         size = self.config.train.micro_batch_size or self.config.train.batch_size
@@ -211,6 +228,13 @@ class FinetuneMethod:
             yield self.collate(list(items[start : start + size]))
 
     # --- looking -----------------------------------------------------------------------------
+
+    def val_figures(self, model: nn.Module, items: Sequence[Any]) -> dict[str, float]:
+        """What is logged of the validation items besides the step's metrics, as `val_...`.
+
+        A `val_loss` among them takes the place of the loss by which the best model is chosen.
+        """
+        return {}
 
     def evaluate(
         self, model: nn.Module, rows: Sequence[Row], items: Sequence[Any], line: LiveLine
