@@ -5,6 +5,9 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that test side by side: one for each core, but no more than the memory of a laptop bears.
+JOBS ?= auto
+PARALLEL := -n $(JOBS) --maxprocesses 4 --dist worksteal
 # Everything that an installation depends on: when one of these changes, pip runs again.
 INPUTS := pyproject.toml constraints.txt
 
@@ -37,7 +40,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-full: lint
 	$(BIN)/python -m pytest -m "full or weights or not full"

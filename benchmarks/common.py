@@ -28,6 +28,34 @@ SOURCES = {
         "pytorch/examples: word_language_model/data/wikitext-2/valid.txt"
     ),
     "c4-demo/c4_demo.jsonl": "hiyouga/LLaMA-Factory: data/c4_demo.jsonl",
+    "instruction-data/instruction-data.json": (
+        "rasbt/LLMs-from-scratch: ch07/01_main-chapter-code/instruction-data.json"
+    ),
+    "sms-spam/SMSSpamCollection.tsv": (
+        "krishnaik06/Huggingfacetransformer: SMSSpamCollection (UCI SMS Spam Collection)"
+    ),
+    "ag-news/test_first6000.csv": (
+        "mhjabreel/CharCnn_Keras: data/ag_news_csv/test.csv (its first 6,000 rows)"
+    ),
+    "sst2/train.tsv": "clairett/pytorch-sentiment-classification: data/SST2/train.tsv",
+    "sst2/dev.tsv": "clairett/pytorch-sentiment-classification: data/SST2/dev.tsv",
+    "rt-polarity/rt-polarity.pos.txt": "nltk/nltk_data: packages/corpora/sentence_polarity.zip",
+    "rt-polarity/rt-polarity.neg.txt": "nltk/nltk_data: packages/corpora/sentence_polarity.zip",
+    "stsb-en-ja/stsb-en-train.csv": "PhilipMay/stsb-multi-mt: data/stsb-en-train.csv",
+    "stsb-en-ja/stsb-en-dev.csv": "PhilipMay/stsb-multi-mt: data/stsb-en-dev.csv",
+    "stsb-en-ja/stsb-en-test.csv": "PhilipMay/stsb-multi-mt: data/stsb-en-test.csv",
+    "stockmark-ner-ja/ner_shared.json.gz": (
+        "stockmarkteam/ner-wikipedia-dataset: ner.json (4,234 of 5,343 rows)"
+    ),
+    "wnut17/train.conll": "leondz/emerging_entities_17: wnut17train.conll",
+    "wnut17/dev.conll": "leondz/emerging_entities_17: emerging.dev.conll",
+    "wnut17/test.conll": "leondz/emerging_entities_17: emerging.test.annotated",
+    "uner-ewt/en_ewt-ud-dev.iob2": "UniversalNER/UNER_English-EWT: en_ewt-ud-dev.iob2",
+    "uner-ewt/en_ewt-ud-test.iob2": "UniversalNER/UNER_English-EWT: en_ewt-ud-test.iob2",
+    "instruction-preference/instruction-data-with-preference.json": (
+        "rasbt/LLMs-from-scratch: ch07/04_preference-tuning-with-dpo/"
+        "instruction-data-with-preference.json"
+    ),
     "bpe-reference/corpus.en": "stanford-cs336/assignment1-basics: tests/fixtures/corpus.en",
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 NAMES = (
     "bpe_training", "unigram_training", "first_token", "inference", "quantization",
     "train_speed", "train_speed --part loss", "tinyshakespeare", "quickstart", "gguf_parity",
-    "experts", "tables",
+    "experts", "finetune --work build/finetune", "tables",
 )  # fmt: skip
 
 

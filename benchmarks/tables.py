@@ -320,6 +320,110 @@ def experts(data: Row, ja: bool) -> str:
     return f"{table(head, rows)}\n\n{machine(data, ja)}"
 
 
+def figure_text(name: str, values: list[float]) -> str:
+    """The mean of a figure over the seeds, with the least and the greatest where there are more."""
+    share = any(part in name for part in ("accuracy", "f1", "precision", "recall", "mcc"))
+    share = share and max(values) <= 1
+
+    def one(value: float) -> str:
+        return f"{value:.2%}".replace("%", " %") if share else f"{value:.4f}"
+
+    mean = one(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({one(min(values))} … {one(max(values))})"
+
+
+def finetune(data: Row, ja: bool) -> str:
+    found = data["results"]
+    head = (
+        ["課題", "手法とモデル", "数値", "学習前", "学習後", "目標", "公表値", "行（学習／評価）",
+         "除いた行（重複／他課題の評価）", "時間", "メモリ"]
+        if ja
+        else ["task", "method and model", "figure", "before", "after", "target", "published",
+              "rows (learnt / measured)", "left out (duplicates / other tests)", "time", "memory"]
+    )  # fmt: skip
+    rows = []
+    for name, task in found["tasks"].items():
+        runs = [run for run in found["runs"] if run["task"] == name]
+        if not runs:
+            continue
+        counts = found["data"][task["data"]]
+        duplicates = counts.get("exact_duplicates", 0) + counts.get("near_duplicates", 0)
+        summary = runs[0]["summary"]
+        avoided = summary.get("avoided_exact", 0) + summary.get("avoided_near", 0)
+        for number, figure in enumerate(task["figures"]):
+            first = number == 0
+            values = [run["summary"][figure] for run in runs]
+            base = [run["summary"].get(f"base_{figure}") for run in runs]
+            target = "" if task["target"] is None else figure_text(figure, [task["target"]])
+            rows.append([
+                name if first else "",
+                f"{task['method']}, {task['after'] or task['model']}" if first else "",
+                f"`{figure}`",
+                "-" if None in base else figure_text(figure, base),
+                f"**{figure_text(figure, values)}**",
+                target if first else "",
+                task["published"] if first else "",
+                f"{summary['train_rows']:,} / {summary['test_rows']:,}" if first else "",
+                f"{duplicates:,} / {avoided:,}" if first else "",
+                f"{max(run['wall_seconds'] for run in runs):.0f} s" if first else "",
+                f"{max(run['peak_bytes'] for run in runs) / 2**20:,.0f} MiB" if first else "",
+            ])  # fmt: skip
+    seeds = (
+        "数値は summary.json のものです。複数のシードでは平均と、括弧の中に最小と最大を示します。"
+        "時間とメモリは、コマンド全体の最大値です。"
+        if ja
+        else "Figures are those of summary.json; of several seeds the mean, with the least and the "
+        "greatest. Time and memory are the most of a whole command."
+    )
+    return f"{table(head, rows)}\n\n{seeds} {machine(data, ja)}"
+
+
+def arithmetic(data: Row, ja: bool) -> str:
+    head = ["seed", "start, greedy", "drawn", "right once in 8", "after GRPO, greedy", "minutes"]
+    if ja:
+        head = ["シード", "開始時（貪欲）", "抽選", "8 回に一度は正解", "GRPO 後（貪欲）", "分"]
+    rows = []
+    for run in data["results"]["runs"]:
+        start = [f"{run['before'][n]:.1%}" for n in ("greedy", "drawn", "right_once_in_8")]
+        after, minutes = run["after"]["greedy"], run["wall_seconds"] / 60
+        rows.append([str(run["seed"]), *start, f"**{after:.1%}**", f"{minutes:.1f}"])
+    return f"{table(head, rows)}\n\n{machine(data, ja)}"
+
+
+def sft_speed(data: Row, ja: bool) -> str:
+    found = data["results"]
+    rates, peaks = found["tokens_per_second"], found["peak_gb"]
+    kinds = {
+        "full": ("全パラメータ", "full"),
+        "full, recomputing": ("全パラメータ、再計算", "full, recomputing"),
+        "lora": ("LoRA", "LoRA"),
+        "lora, recomputing": ("LoRA、再計算", "LoRA, recomputing"),
+    }
+    head = ["", "TRL", "this project", "speed", "TRL, peak", "this project, peak", "memory"]
+    if ja:
+        head = ["", "TRL", "本プロジェクト", "速さ", "TRL の最大", "こちらの最大", "メモリー"]
+    second = "トークン／秒" if ja else "tokens/s"
+    rows = []
+    for kind, names in kinds.items():
+        ours, theirs = f"ours {kind}", f"trl {kind}"
+        if ours not in rates or theirs not in rates:
+            continue
+        rows.append([
+            names[0 if ja else 1], f"{rates[theirs]:,.0f} {second}", f"{rates[ours]:,.0f} {second}",
+            f"**{rates[ours] / rates[theirs]:.2f}x**", f"{peaks[theirs]:.2f} GB",
+            f"{peaks[ours]:.2f} GB", f"**{peaks[ours] / peaks[theirs]:.2f}x**",
+        ])  # fmt: skip
+    peers = ", ".join(f"{name} {data['peers'][name]}" for name in ("trl", "peft", "transformers"))
+    note = (
+        f"{found['model']}、バッチは {found['batch']} 会話、bf16、LoRA のランクは {found['rank']}。"
+        f"比較相手: {peers}。"
+        if ja
+        else f"{found['model']}, batches of {found['batch']} conversations, bf16, LoRA of rank "
+        f"{found['rank']}. Peers: {peers}."
+    )
+    return f"{table(head, rows)}\n\n{note} {machine(data, ja)}"
+
+
 MAKERS: dict[str, tuple[str, Callable[[Row, bool], str]]] = {
     "quickstart": ("quickstart", quickstart),
     "train_speed": ("train_speed", train_speed),
@@ -332,6 +436,9 @@ MAKERS: dict[str, tuple[str, Callable[[Row, bool], str]]] = {
     "quantization": ("quantization", quantization),
     "gguf_parity": ("gguf_parity", gguf_parity),
     "experts": ("experts", experts),
+    "arithmetic": ("arithmetic", arithmetic),
+    "finetune": ("finetune", finetune),
+    "sft_speed": ("sft_speed", sft_speed),
 }
 
 
