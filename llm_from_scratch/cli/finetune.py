@@ -79,6 +79,8 @@ def help_of(name: str) -> str:
 
 def given_values(args: argparse.Namespace, cls: type) -> dict[str, Any]:
     """What --config and the flags say (flags win), nested by part."""
+    from llm_from_scratch.train.finetune import steps_meant
+
     values: dict[str, Any] = read_yaml(args.config) if args.config else {}
     flags = from_flags(args.settings, cls)
     if "max_steps" in flags.get("train", {}) and not args.resume:
@@ -91,11 +93,7 @@ def given_values(args: argparse.Namespace, cls: type) -> dict[str, Any]:
     for name in ("model", "out"):
         if getattr(args, name):
             values = merge(values, {name: getattr(args, name)})
-    train = values.get("train")
-    if not args.resume and isinstance(train, dict) and train.get("max_steps") is not None:
-        # Whoever says how many steps means it; by themselves the methods count epochs.
-        values = merge({"train": {"epochs": None}}, values)
-    return values
+    return values if args.resume else steps_meant(values)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -107,7 +107,7 @@ def number_of(wanted: str, name: str) -> float:
 def choice_of(wanted: str, choices: Sequence[str], name: str) -> int:
     """Which choice: a number counts from 0, one capital letter from A, else it is the text."""
     if wanted.isascii() and wanted.isdigit():
-        number = int(wanted)
+        number = int(wanted) if len(wanted) < 10 else len(choices)
     elif len(wanted) == 1 and "A" <= wanted <= "Z":
         number = ord(wanted) - ord("A")
     else:

@@ -62,6 +62,7 @@ def read_rows(path: Path | str, bad: BadRows, columns: Sequence[str] = ()) -> It
     path = Path(path)
     if not path.exists():
         raise UserError(f"{shown(path)} does not exist; check the path.")
+    known = False
     for file in _files(path):
         try:
             for source in open_sources(file, bad):
@@ -72,9 +73,15 @@ def read_rows(path: Path | str, bad: BadRows, columns: Sequence[str] = ()) -> It
                             "(each also .gz); rename the file after what it holds."
                         )
                     continue
+                known = True
                 yield from _rows(source, bad, columns)
         except OSError as error:
             raise UserError(f"{shown(file)}: cannot be read ({error.strerror or error}).") from None
+    if not known and path.is_dir():
+        raise UserError(
+            f"{shown(path)}: no file in this folder ends in {', '.join(TABLES)} or .txt (each also "
+            ".gz); rename the files after what they hold, or name them one by one."
+        )
 
 
 def _files(path: Path) -> list[Path]:

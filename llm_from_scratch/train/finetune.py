@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from llm_from_scratch.core.config import from_dict, read_yaml
+from llm_from_scratch.core.config import from_dict, merge, read_yaml
 from llm_from_scratch.core.device import pick_device
 from llm_from_scratch.core.errors import RunError, UserError
 from llm_from_scratch.core.files import ASIDE, write_aside
@@ -56,7 +56,7 @@ def finetune(
     cls = method_named(method)
     if isinstance(config, Mapping):
         given = dict(config) if given is None else given
-        config = from_dict(cls.Config, config)
+        config = from_dict(cls.Config, config if resume else steps_meant(config))
     config = cls.Config() if config is None else config
     if not isinstance(config, cls.Config):
         raise UserError(
@@ -67,6 +67,14 @@ def finetune(
         refuse_other_run(method, config.out)
     work = Finetuning(method, cls)
     return carry_out(work, config, resume=resume, quiet=quiet, given=given)
+
+
+def steps_meant(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings in which given steps win over the epochs that a method takes by default."""
+    train = values.get("train")
+    if isinstance(train, Mapping) and train.get("max_steps") is not None:
+        return merge({"train": {"epochs": None}}, values)
+    return dict(values)
 
 
 def refuse_other_run(method: str, out: str) -> None:
@@ -138,6 +146,8 @@ class Finetuning:
         for part in PARTS:
             path = folder / "data" / f"{part}.jsonl"
             self.rows[part] = stored_rows(path)
+            if not path.is_file():
+                raise UserError(f"{path} is missing; put it back, or start a new run.")
             if file_hash(path) != known.get(part):
                 raise UserError(f"{path} was changed since the run began; start a new run.")
         self.method = self.cls(config)
@@ -158,9 +168,12 @@ class Finetuning:
             self.model = self.method.open()
             self._encode(bad, line)
             if len(self.rows["train"]) == learnt:
-                return
+                break
             # What is too long for the model must not have taught a label.
             self.method, self.model = self.cls(config), None
+        for part, paths in (("val", config.data.val), ("test", config.data.test)):
+            if paths and not self.rows[part]:  # a run without them would measure nothing
+                raise UserError(f"{', '.join(paths)}: no row can be used{reason(bad)}")
 
     def _check_against(self, bad: BadRows) -> None:
         for part in PARTS[1:]:

@@ -140,6 +140,9 @@ def test_folders_archives_and_other_files(tmp_path: Path) -> None:
     ]  # fmt: skip
     with pytest.raises(UserError, match="does not exist"):
         read(tmp_path / "nowhere.csv")
+    put(tmp_path, "notes/a.conll", "Ada B-PER\n")
+    with pytest.raises(UserError, match=r"no file in this folder ends in \.jsonl"):
+        read(tmp_path / "notes")
     with pytest.raises(UserError, match=r"its ending is none of \.jsonl"):
         read(put(tmp_path, "a.xlsx", b"PK"))
     with pytest.raises(UserError, match="is not JSON"):

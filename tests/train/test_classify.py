@@ -357,6 +357,10 @@ def test_a_classifier_of_the_same_labels_keeps_their_order(
             "'2' as 'label', which is none of its 2 choices",
         ),
         (
+            {"kind": "choices"}, {"text": "x", "label": "9" * 5000, "choices": ["a", "b"]},
+            "which is none of its 2 choices",
+        ),
+        (
             {"kind": "choices"}, {"text": "x", "label": "C", "choices": ["a", "b"]},
             "a number from 0, a letter from A",
         ),

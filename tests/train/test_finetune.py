@@ -22,7 +22,7 @@ from llm_from_scratch.core.runlog import LiveLine, read_json, read_metrics
 from llm_from_scratch.data.loader import IGNORED, Batch
 from llm_from_scratch.data.records import BadRow, Row
 from llm_from_scratch.evaluate.report import Section
-from llm_from_scratch.train.finetune import Finetuning, finetune
+from llm_from_scratch.train.finetune import Finetuning, finetune, steps_meant
 from llm_from_scratch.train.finetune_rows import split_rows, texts_in
 from llm_from_scratch.train.losses import LossSum, next_token_loss_sum
 from llm_from_scratch.train.methods.base import FinetuneConfig, FinetuneMethod, Outcome, tuned
@@ -193,6 +193,14 @@ def test_resumed_is_straight_bit_by_bit(tmp_path: Path, base: str) -> None:
     assert figures[0] == figures[1]
 
 
+def test_steps_that_are_given_win_over_default_epochs() -> None:
+    assert steps_meant({"train": {"max_steps": 5}})["train"] == {"max_steps": 5, "epochs": None}
+    for values in (
+        {"train": {"max_steps": 5, "epochs": 2}}, {"train": {"seed": 1}}, {"train": 3}, {},
+    ):  # fmt: skip
+        assert steps_meant(values) == values
+
+
 def test_what_cannot_be_resumed(tmp_path: Path, base: str) -> None:
     settings = config(tmp_path, base, {"paths": [rows(tmp_path / "d.jsonl", numbers(30))]})
     run(from_dict(ToyConfig, {
@@ -212,6 +220,9 @@ def test_what_cannot_be_resumed(tmp_path: Path, base: str) -> None:
         run(ToyConfig(out=settings.out), resume=True)
     path.write_text("not JSON\n")
     with pytest.raises(UserError, match="is damaged"):
+        run(ToyConfig(out=settings.out), resume=True)
+    path.unlink()
+    with pytest.raises(UserError, match=r"val\.jsonl is missing; put it back"):
         run(ToyConfig(out=settings.out), resume=True)
 
 
@@ -339,6 +350,7 @@ def test_a_row_that_is_too_long_teaches_no_label(tmp_path: Path, base: str) -> N
         ({"paths": ["bad.jsonl"]}, r"no row can be used \(the first reason: .*bad.jsonl:1: has no"),
         ({"paths": ["bad.jsonl"], "on_bad": "stop"}, r"bad\.jsonl:1: has no text; add one"),
         ({"paths": ["d.jsonl"], "test": ["bad.jsonl"]}, r"bad\.jsonl: no row can be used"),
+        ({"paths": ["d.jsonl"], "test": ["y.jsonl"]}, r"y\.jsonl: no row can .*has the label 'Y'"),
         ({"paths": ["long.jsonl"]}, "No row is left to learn from .*more than 40 tokens"),
         ({"paths": ["d.jsonl"], "avoid": ["torn.jsonl"]}, r"torn\.jsonl:1: is not JSON"),
     ],
@@ -349,6 +361,7 @@ def test_data_that_cannot_be_used(
     monkeypatch.chdir(tmp_path)
     rows(Path("d.jsonl"), numbers(12))
     rows(Path("bad.jsonl"), [{"label": "x"}])
+    rows(Path("y.jsonl"), [{"text": "a text of its own", "label": "Y"}])
     rows(Path("long.jsonl"), [" ".join(numbers(12))])
     Path("torn.jsonl").write_text('{"text": \n')
     with pytest.raises(UserError, match=sentence):

@@ -17,9 +17,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from llm_from_scratch.cli.main import run
 from llm_from_scratch.core.config import from_dict, merge
 from llm_from_scratch.core.errors import UserError
-from llm_from_scratch.core.runlog import read_json
+from llm_from_scratch.core.runlog import LiveLine, read_json
 from llm_from_scratch.data.loader import IGNORED
-from llm_from_scratch.data.records import BadRow
+from llm_from_scratch.data.records import BadRow, Row
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.presets import ModelSettings, resolve
 from llm_from_scratch.text.chat import ChatTokens
@@ -195,6 +195,24 @@ def test_a_run_learns_resumes_bit_for_bit_and_reports(
     assert tokenizer is not None and "### Response" in str(tokenizer.chat_template)
     generation = read_json(tmp_path / "a" / "model" / "generation_config.json")
     assert generation["eos_token_id"] == tokenizer.eos_id
+
+
+def test_a_long_prompt_shortens_no_other_answer(base: str, tmp_path: Path, data: Path) -> None:
+    config = made(base, tmp_path / "a", data, sft={"max_new_tokens": 24})
+    method, model, items = opened(config, 2)
+    short = [Row(method.check(row), f"d:{n}") for n, row in enumerate(rows(2))]
+    method.learn(short)
+    model.eval()
+
+    def lengths(rows: list[Row]) -> list[int]:
+        return [one.tokens for one in method._answers(model, rows, LiveLine(quiet=True))]
+
+    alone = lengths(short)
+    length = len(items[0].ids)
+    long = {"instruction": "say" + " please" * (130 - length), "output": "no"}
+    left = 128 - len(method.encode(method.check(long)).ids)
+    assert 0 < left < min(alone)
+    assert lengths([*short, Row(method.check(long), "d:2")])[:2] == alone
 
 
 def test_new_control_tokens_are_added_when_asked_for(base: str, tmp_path: Path, data: Path) -> None:

@@ -219,6 +219,20 @@ def test_windows_hold_everything(folder: str) -> None:
     assert max(map(len, windows)) - min(map(len, windows)) <= 1
 
 
+def test_errors_are_shown_without_padding(folder: str) -> None:
+    method = Mlm(from_dict(MlmConfig, {"model": folder, "train": {"device": "cpu"}}))
+    method.open()
+    long, short = (method.encode({"text": text(n, 1)})[0] for n in (60, 30))
+    batch = method.collate([(long, 0), (short, 1)])
+    padding = method.tokenizer.decode([0])
+    assert padding and len(long) > len(short) + 10
+    batch.targets[1].fill_(IGNORED)
+    batch.targets[1, len(short) - 1] = short[-1]  # the last word, behind which padding stands
+    said = torch.where(batch.targets == IGNORED, IGNORED, 1)
+    (mistake,) = method._mistakes(["a", "b"], batch, said, torch.ones(said.shape))[-1:]
+    assert mistake.place == "b" and padding not in mistake.text and "MASK" in mistake.text
+
+
 def test_passages() -> None:
     lines = [f"line {n} " + "x" * (n % 30) for n in range(100)]
     whole = "\n".join(lines)

@@ -278,9 +278,9 @@ class Mlm(FinetuneMethod):
         wrong = (batch.targets != IGNORED) & (said != batch.targets)
         found = []
         for row, at in wrong.nonzero().tolist():
-            gaps = batch.tokens[row].clone()
+            gaps = batch.tokens[row][batch.mask[row].bool()]
             gaps[at] = self.masking.mask_id
-            around = gaps[max(0, at - AROUND) : at + AROUND][: int(batch.mask[row].sum())]
+            around = gaps[max(0, at - AROUND) : at + AROUND]
             found.append(
                 Mistake(
                     places[row], self.tokenizer.decode(around.tolist()),

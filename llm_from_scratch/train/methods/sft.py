@@ -254,15 +254,12 @@ class Sft(FinetuneMethod):
                 if before
                 else []
             )
-            room = model.config.max_seq_len - len(prompt)
-            if prompt and room > 0 and last["content"]:
+            if prompt and len(prompt) < model.config.max_seq_len and last["content"]:
                 asked.append((rows[place], prompt))
         if not asked:
             return []
-        room = model.config.max_seq_len - max(len(prompt) for _, prompt in asked)
-        settings = make_settings(
-            temperature=0.0, max_new_tokens=min(s.max_new_tokens, room), logprobs=0
-        )
+        # Each answer ends with the context by itself: a long prompt shortens no other's answer.
+        settings = make_settings(temperature=0.0, max_new_tokens=s.max_new_tokens, logprobs=0)
         results = write_all(model, self.tokenizer, [prompt for _, prompt in asked], settings, line)
         return [
             Written(
