@@ -114,12 +114,21 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def shared_arguments() -> list[str]:
+    """The command's arguments without `--work DIR`, which is a place on one machine."""
+    found = list(sys.argv[1:])
+    if "--work" in found:
+        place = found.index("--work")
+        del found[place : place + 2]
+    return [argument for argument in found if not argument.startswith("--work=")]
+
+
 def record(out: Path, results: dict[str, Any], files: list[str], peers: list[str]) -> None:
     """Write results with command, commit, versions, hardware and the files' hashes."""
     from importlib import metadata
 
     value = {
-        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *shared_arguments()]),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "environment": environment(),
