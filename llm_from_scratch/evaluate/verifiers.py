@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import regex as patterns  # the one of PyPI, whose searches can be given a time
+
 from llm_from_scratch.core.errors import RunError, UserError, nearest, shown
 
 Row = Mapping[str, Any]
@@ -30,6 +32,8 @@ NUMBER = re.compile(
     r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
 )
 DIGITS = 300  # a number of more digits is none
+BACKTRACKS = 1_000_000  # the same for a schema's patterns
+SEARCH_S = 2.0  # a pattern that has found nothing by then finds nothing: some would search for ages
 MINUS = str.maketrans({"−": "-", "–": "-", "﹣": "-"})
 
 
@@ -55,18 +59,21 @@ class Finding:
         """The answer in a text, without white space around it; None where there is none."""
         if self.answer is None:
             return text.strip()
-        matches = list(compiled(self.answer).finditer(text))
+        try:
+            matches = list(compiled(self.answer).finditer(text, timeout=SEARCH_S))
+        except TimeoutError:
+            return None
         if not matches:
             return None
         found = matches[-1].group(1 if matches[-1].re.groups else 0)
         return None if found is None else str(found).strip()
 
 
-def compiled(pattern: str) -> re.Pattern[str]:
+def compiled(pattern: str) -> patterns.Pattern[str]:
     """A pattern, in which a dot takes line ends too; `UserError` for what is none."""
     try:
-        return re.compile(pattern, re.DOTALL)
-    except (re.error, OverflowError, RecursionError) as error:
+        return patterns.compile(pattern, patterns.DOTALL)
+    except (patterns.error, OverflowError, RecursionError) as error:
         raise UserError(f"{shown(pattern)} is no regular expression: {error}.") from error
 
 
@@ -131,8 +138,13 @@ def json_equal(answer: str | None, row: Row, finding: Finding) -> bool:
 
 def regex(answer: str | None, row: Row, finding: Finding) -> bool:
     """The answer from end to end is what the row's `pattern` (or the setting's) describes."""
-    pattern = row.get("pattern", finding.pattern)
-    return answer is not None and compiled(str(pattern)).fullmatch(answer) is not None
+    if answer is None:
+        return False
+    pattern = compiled(str(row.get("pattern", finding.pattern)))
+    try:
+        return pattern.fullmatch(answer, timeout=SEARCH_S) is not None
+    except TimeoutError:
+        return False
 
 
 def form(answer: str | None, row: Row, finding: Finding) -> bool:
@@ -155,47 +167,53 @@ def parse_json(text: str | None) -> tuple[bool, Any]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equality of JSON values, in which true is not 1."""
-    if isinstance(one, bool) or isinstance(other, bool):
-        return one is other
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
+    """Equality of JSON values of any depth, in which true is not 1."""
+    left = [(one, other)]
+    while left:
+        one, other = left.pop()
+        if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+            left += [(value, other[key]) for key, value in one.items()]
+        elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+            left += zip(one, other, strict=True)
+        elif isinstance(one, bool | dict | list) or isinstance(other, bool | dict | list):
+            if one is not other:
+                return False
+        elif one != other:
+            return False
+    return True
 
 
 def schema_checker(schema: Any) -> Any:
-    """A checker of JSON Schema that looks nothing up elsewhere; `UserError` for what is none."""
+    """A checker of JSON Schema that looks nothing up elsewhere, and whose patterns give up in time;
+    `UserError` for what is none."""
     try:
-        import jsonschema
-        import referencing
+        import jsonschema_rs
     except ImportError as error:
         raise UserError(
-            "A JSON Schema is checked with the package jsonschema: pip install 'scratchlm[eval]'."
+            "A JSON Schema is checked with the package jsonschema_rs: pip install "
+            "'scratchlm[eval]'."
         ) from error
+
+    def nowhere(uri: str) -> Any:
+        raise ValueError("only what stands in the schema itself can be referred to")
+
     if isinstance(schema, str):
         schema = parse_json(schema)[1]
     if not isinstance(schema, dict | bool):
-        raise UserError(f"The schema {shown(schema)} is no JSON Schema; give an object.")
-    cls = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+        raise UserError(f"The schema {shown(schema)} cannot be used: it is no object.")
     try:
-        cls.check_schema(schema)
-    except (jsonschema.SchemaError, RecursionError) as error:
+        return jsonschema_rs.validator_for(
+            schema, retriever=nowhere,
+            pattern_options=jsonschema_rs.FancyRegexOptions(backtrack_limit=BACKTRACKS),
+        )  # fmt: skip
+    except (jsonschema_rs.ValidationError, ValueError) as error:
         reason = str(error).split("\n")[0].rstrip(".")
-        raise UserError(f"The schema {shown(schema)} is no JSON Schema: {reason}.") from error
-    return cls(schema, registry=referencing.Registry())  # type: ignore[call-overload]
+        raise UserError(f"The schema {shown(schema)} cannot be used: {reason}.") from error
 
 
 def fits_schema(value: Any, schema: Any) -> bool:
     """Whether a JSON value is what a schema describes."""
-    checker = schema_checker(schema)
-    from referencing.exceptions import Unresolvable
-
-    try:
-        return bool(checker.is_valid(value))
-    except Unresolvable as error:
-        raise UserError(f"The schema refers to {error}, which is not in it.") from error
+    return bool(schema_checker(schema).is_valid(value))
 
 
 Rule = Callable[[str | None, Row, Finding], bool]

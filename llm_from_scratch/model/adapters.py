@@ -34,7 +34,7 @@ def adapter_names(model: nn.Module) -> list[str]:
     """The names of a model's adapters, in the order in which they were added."""
     found: dict[str, None] = {}
     for _, layer in adapted_layers(model):
-        found |= dict.fromkeys(layer.adapters)
+        found |= dict.fromkeys(layer.names)
     return list(found)
 
 

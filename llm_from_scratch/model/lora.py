@@ -211,7 +211,7 @@ def put_adapter(
                 "it out of lora.targets or set lora.kind."
             )
     made = LowRank(*sizes, rank, scale, dropout, lengths, rooted, device_of(layer))
-    layer.adapters[name] = made.train(layer.training)
+    layer.put(name, made.train(layer.training))
     return made
 
 

@@ -89,14 +89,25 @@ class Adapted(nn.Module):
     def __init__(self, base: nn.Module, switch: Switch) -> None:
         super().__init__()
         self.base = base
-        self.adapters = nn.ModuleDict()
+        self.adapters = nn.ModuleList()
+        self.names: list[str] = []  # of the adapters; PyTorch would not let a part be called v1.5
         self.switch = switch
 
     def named(self, name: str | None) -> LowRank | None:
         """The adapter of that name, if this layer has it."""
-        found = self.adapters[name] if name is not None and name in self.adapters else None
-        assert found is None or isinstance(found, LowRank)
+        if name not in self.names:
+            return None
+        found = self.adapters[self.names.index(name)]
+        assert isinstance(found, LowRank)
         return found
+
+    def put(self, name: str, adapter: LowRank) -> None:
+        """Add an adapter, in place of one of the same name."""
+        if name in self.names:
+            self.adapters[self.names.index(name)] = adapter
+        else:
+            self.names.append(name)
+            self.adapters.append(adapter)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)

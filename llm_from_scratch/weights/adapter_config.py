@@ -73,7 +73,7 @@ class AdapterConfig:
         """What the detour of the layer of that name is multiplied by."""
         alpha = self.alpha
         for pattern, value in self.alphas.items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+            if re.match(rf"(.*\.)?({pattern})$", layer):  # as PEFT does it
                 alpha = value
                 break
         return alpha / (math.sqrt(rank) if self.rooted else rank)
@@ -114,6 +114,12 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             raise refuse(name, "a text or null")
         return value
 
+    def switched(name: str) -> bool:
+        value = values.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise refuse(name, "true or false")
+        return bool(value)
+
     if values.get("peft_type") != "LORA":
         raise refuse("peft_type", "LORA: other kinds of adapters are not supported")
     known = (*UNUSED, *READ)
@@ -139,18 +145,28 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     if not isinstance(patterns, dict):
         raise refuse("alpha_pattern", "an object of names and numbers")
     for pattern in patterns:
-        if not re.fullmatch(r"[\w.\\^$]{1,200}", pattern):  # names; no pattern that runs for ages
+        if not is_pattern(pattern):
             raise refuse("alpha_pattern", "an object whose keys are names of layers")
-    rooted, stretched = values.get("use_rslora") is True, values.get("use_dora") is True
     return AdapterConfig(
         text("base_model_name_or_path"),
         rank,
         number("lora_alpha", 8),
-        KINDS[rooted, stretched],
+        KINDS[switched("use_rslora"), switched("use_dora")],
         min(number("lora_dropout", 0.0), 0.999),
-        {pattern.strip("^$"): number(pattern, 0, patterns) for pattern in patterns},
+        {pattern: number(pattern, 0, patterns) for pattern in patterns},
         text("task_type"),
     )
+
+
+def is_pattern(pattern: str) -> bool:
+    """Whether a key of alpha_pattern is a name, or a pattern that cannot run for ages."""
+    if not re.fullmatch(r"[\w.\\^$]{1,200}", pattern):
+        return False
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def adapter_config_json(

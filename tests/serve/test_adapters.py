@@ -83,6 +83,20 @@ def test_a_base_that_is_not_served_itself(folder: Path) -> None:
     assert split_name(str(folder / "poet" / "adapter"))[0] == "poet"
 
 
+@pytest.mark.parametrize("name", ["v1.5", "keys", "training"])
+def test_names_that_mean_something_to_python(folder: Path, tokenizer: Tokenizer, name: str) -> None:
+    arguments = [str(folder / "base"), f"{name}={folder / 'poet' / 'adapter'}"]
+    models = open_models(arguments, LIMITS, report=lambda line: None)
+    service = make_service(models, LIMITS)
+    prompt = tokenizer.encode("Once upon a time there was a king.")
+    service.worker.start()
+    try:
+        found = [answer(service.worker, one, prompt) for one in models]
+    finally:
+        service.worker.stop()
+    assert list(models) == ["base", name] and found[0] != found[1]
+
+
 def test_a_base_that_is_gone(folder: Path, tmp_path: Path) -> None:
     model, _ = load_folder(folder / "base", torch.float32)
     add_lora(model, LoraSettings(rank=3), 0)

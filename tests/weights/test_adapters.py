@@ -226,7 +226,8 @@ def scramble(model: Model) -> None:
 def test_embeddings_head_ranks_and_alphas_of_their_own(tmp_path: Path) -> None:
     theirs, base, adapter = adapt_theirs(
         "llama", tmp_path, target_modules=["q_proj", "embed_tokens", "lm_head", "down_proj"],
-        rank_pattern={"q_proj": 5, "layers.1.mlp.down_proj": 2}, alpha_pattern={"down_proj": 11},
+        rank_pattern={"q_proj": 5, "layers.1.mlp.down_proj": 2},
+        alpha_pattern={"^q_proj": 3, "down_proj$": 11},
     )  # fmt: skip
     ours = load_ours(base, adapter)
     assert_close(logits_of(ours, "llama"), logits_of(theirs, "llama"))
@@ -311,6 +312,9 @@ def changed(adapter: Path, folder: Path, change: Callable[[dict[str, Any]], obje
         ("r", 0, "'r' is 0; it must be"),
         ("alpha_pattern", {"(a+)+$": 1}, "'alpha_pattern' is"),
         ("alpha_pattern", {"q_proj": None}, "'alpha_pattern' is"),
+        ("alpha_pattern", {"q_proj\\": 1}, "'alpha_pattern' is"),
+        ("use_rslora", "true", "'use_rslora' is 'true'; it must be true or false"),
+        ("use_dora", 1, "'use_dora' is 1; it must be true or false"),
         ("use_dora", True, "has no tensor 'lengths'"),
         ("base_model_name_or_path", 3, "'base_model_name_or_path' is 3"),
     ],

