@@ -7,8 +7,8 @@ for procedural bugs in basic mathematical skills", 1978): they forget every carr
 learns to write as both do, and, asked for its likeliest answer, writes as most do. Then GRPO
 rewards right numbers and nothing else.
 
-1,000 pairs of operands are in no text that is learnt from, and in no prompt; all figures are on
-them, both ways round where both are pairs.
+1,000 pairs of operands are in no text that is learnt from and in no prompt, neither way round; all
+figures are on their sums and differences.
 """
 
 from __future__ import annotations
@@ -69,13 +69,17 @@ def careless(a: int, sign: str, b: int) -> int:
 
 
 def divided(seed: int) -> dict[str, list[tuple[int, int]]]:
-    """All pairs of two-digit numbers: those held out, those to choose on, and the rest."""
-    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
-    random.Random(seed).shuffle(pairs)
+    """All pairs of two-digit numbers: those held out and those to choose on, one way round, and the
+    rest, both ways round."""
+    draw = random.Random(seed)
+    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
+    draw.shuffle(pairs)
+    turned = [pair if draw.random() < 0.5 else pair[::-1] for pair in pairs]
+    rest = pairs[HELD_OUT + VALIDATION :]
     return {
-        "test": pairs[:HELD_OUT],
-        "val": pairs[HELD_OUT : HELD_OUT + VALIDATION],
-        "train": pairs[HELD_OUT + VALIDATION :],
+        "test": turned[:HELD_OUT],
+        "val": turned[HELD_OUT : HELD_OUT + VALIDATION],
+        "train": list(dict.fromkeys(rest + [(b, a) for a, b in rest])),
     }
 
 
