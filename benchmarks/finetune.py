@@ -36,13 +36,16 @@ LIMIT_S = 600  # a run may take so long
 
 
 def divide(
-    data: Data, others: dict[str, dict[str, list[dict[str, Any]]]]
+    data: Data, others: dict[str, dict[str, list[dict[str, Any]]]], seed: int
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, int]]:
     """The rows of each part as they stand in the files, and what was counted."""
     files = {part: [str(data_file(name)) for name in getattr(data, part)] for part in PARTS}
     values = merge(
         data.settings,
-        {"data": {"paths": files["train"], "val": files["val"], "test": files["test"]}},
+        {
+            "data": {"paths": files["train"], "val": files["val"], "test": files["test"]},
+            "train": {"seed": seed},
+        },
     )
     if data.like:
         values = merge(values, {"data": {"val_fraction": 0, "test_fraction": 0}})
@@ -78,19 +81,31 @@ def as_in(
     return found
 
 
+def seeds_of(name: str) -> list[int]:
+    """The seeds by which data are divided: those of its tasks where that matters, else 1."""
+    tasks = [task for task in TASKS.values() if task.data == name]
+    return sorted({seed for task in tasks for seed in task.seeds}) if DATA[name].by_seed else [1]
+
+
+def rows_folder(work: Path, name: str, seed: int) -> Path:
+    return work / "data" / (f"{name}-{seed}" if DATA[name].by_seed else name)
+
+
 def prepare(work: Path, names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """work/data/NAME/{train,val,test}.jsonl for all data; counts by name."""
+    """work/data/NAME/{train,val,test}.jsonl for all data; counts by name (of the last seed: they
+    are the same for all)."""
     rows: dict[str, dict[str, list[dict[str, Any]]]] = {}
     counts = {}
     for name in names:
-        print(f"dividing {name} ...", end=" ", flush=True)
-        rows[name], counts[name] = divide(DATA[name], rows)
-        for part in PARTS:
-            path = work / "data" / name / f"{part}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name][part])
-            path.write_text("".join(lines), encoding="utf-8")
-        print(counts[name], flush=True)
+        for seed in seeds_of(name):
+            print(f"dividing {name} ...", end=" ", flush=True)
+            rows[name], counts[name] = divide(DATA[name], rows, seed)
+            for part in PARTS:
+                path = rows_folder(work, name, seed) / f"{part}.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name][part])
+                path.write_text("".join(lines), encoding="utf-8")
+            print(counts[name], flush=True)
     write_json(work / "data" / "counts.json", counts)
     return counts
 
@@ -107,13 +122,13 @@ def relatives(name: str) -> set[str]:
 def settings_of(task: Task, work: Path, names: Sequence[str], seed: int, out: Path) -> Any:
     """The complete settings of a run, as they go into its --config."""
     data = DATA[task.data]
-    folder = work / "data" / task.data
+    folder = rows_folder(work, task.data, seed)
     rows: dict[str, Any] = {
         "paths": [str(folder / "train.jsonl")], "val": [str(folder / "val.jsonl")],
         "test": [str(folder / "test.jsonl")], "columns": [], "val_fraction": 0, "test_fraction": 0,
         "avoid": [
-            str(work / "data" / name / "test.jsonl")
-            for name in names if name not in relatives(task.data)
+            str(rows_folder(work, name, other) / "test.jsonl")
+            for name in names if name not in relatives(task.data) for other in seeds_of(name)
         ],
     }  # fmt: skip
     values = merge(data.settings, task.settings) if task.method == data.method else task.settings

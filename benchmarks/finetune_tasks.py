@@ -1,6 +1,6 @@
 """The tasks of benchmarks/finetune.py: which rows, which method and settings, what was published.
 
-Data are divided once, by `DATA`; every task on the same data has the same rows. Settings were
+Data are divided by `DATA`; every task on the same data has the same rows. Settings were
 chosen on the validation rows, never on those that are reported.
 """
 
@@ -12,12 +12,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Data:
-    """Rows that are divided once for all tasks on them.
+    """Rows that are divided once for all tasks on them, or once for each seed.
 
     method, settings: whose reading and checking apply (`{"classify": {...}, "data": {...}}`).
     train, val, test: files below $SCRATCHLM_DATA; without the last two a share is drawn by seed 1.
     like: another data's name, and the fields by which a row of this one is in the same part: two
         data from the same prompts must not be divided differently.
+    by_seed: the seed of a run also says how its rows are divided: of a test of 200 rows, which
+        ones they are matters more than how the model was trained.
     """
 
     method: str
@@ -27,6 +29,7 @@ class Data:
     settings: dict[str, Any] = field(default_factory=dict)
     like: str = ""
     key: tuple[str, ...] = ()
+    by_seed: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ DATA: dict[str, Data] = {
             "data": {"columns": ["label", "text"], "val_fraction": 0.1, "test_fraction": 0.2},
             "classify": {"balance": True, "positive": "spam"},
         },
+        by_seed=True,
     ),
     "sst2": Data(
         "classify",
@@ -115,13 +119,13 @@ DATA: dict[str, Data] = {
 TASKS: dict[str, Task] = {
     "SMS spam": Task(
         "sms", "classify", "all-mpnet-base-v2",
-        {"train": {"epochs": 4, "learning_rate": 5e-5, "batch_size": 16, "eval_every": 50}},
+        {"train": {"epochs": 3, "learning_rate": 5e-5, "batch_size": 16, "eval_every": 25}},
         ("test_accuracy", "test_f1"), 0.98, "95.67 % (GPT-2 124M, last block)", (1, 2, 3),
     ),
     "SMS spam, LoRA": Task(
         "sms", "classify", "all-mpnet-base-v2",
         {
-            "train": {"epochs": 5, "learning_rate": 3e-4, "batch_size": 16, "eval_every": 50},
+            "train": {"epochs": 3, "learning_rate": 3e-4, "batch_size": 16, "eval_every": 25},
             "lora": {"rank": 8},
         },
         ("test_accuracy", "test_f1"), None, "within 0.5 points of full", (1, 2, 3),
