@@ -333,49 +333,60 @@ def figure_text(name: str, values: list[float]) -> str:
 
 
 def finetune(data: Row, ja: bool) -> str:
+    """What was reached, and below it what it took: rows, time, memory."""
     found = data["results"]
-    head = (
-        ["課題", "手法とモデル", "数値", "学習前", "学習後", "目標", "公表値", "行（学習／評価）",
-         "除いた行（重複／他課題の評価）", "時間", "メモリ"]
-        if ja
-        else ["task", "method and model", "figure", "before", "after", "target", "published",
-              "rows (learnt / measured)", "left out (duplicates / other tests)", "time", "memory"]
-    )  # fmt: skip
-    rows = []
+    reached, took = [], []
     for name, task in found["tasks"].items():
         runs = [run for run in found["runs"] if run["task"] == name]
         if not runs:
             continue
-        counts = found["data"][task["data"]]
-        duplicates = counts.get("exact_duplicates", 0) + counts.get("near_duplicates", 0)
-        summary = runs[0]["summary"]
-        avoided = summary.get("avoided_exact", 0) + summary.get("avoided_near", 0)
         for number, figure in enumerate(task["figures"]):
-            first = number == 0
             values = [run["summary"][figure] for run in runs]
             base = [run["summary"].get(f"base_{figure}") for run in runs]
-            target = "" if task["target"] is None else figure_text(figure, [task["target"]])
-            rows.append([
-                name if first else "",
-                f"{task['method']}, {task['after'] or task['model']}" if first else "",
-                f"`{figure}`",
-                "-" if None in base else figure_text(figure, base),
-                f"**{figure_text(figure, values)}**",
-                target if first else "",
-                task["published"] if first else "",
-                f"{summary['train_rows']:,} / {summary['test_rows']:,}" if first else "",
-                f"{duplicates:,} / {avoided:,}" if first else "",
-                f"{max(run['wall_seconds'] for run in runs):.0f} s" if first else "",
-                f"{max(run['peak_bytes'] for run in runs) / 2**20:,.0f} MiB" if first else "",
-            ])  # fmt: skip
-    seeds = (
-        "数値は summary.json のものです。複数のシードでは平均と、括弧の中に最小と最大を示します。"
-        "時間とメモリは、コマンド全体の最大値です。"
+            aim = "" if task["target"] is None else f"≥ {figure_text(figure, [task['target']])}"
+            model = f"{task['method']}, {task['after'] or task['model']}"
+            cells = [f"`{figure}`", "-" if None in base else figure_text(figure, base)]
+            cells.append(f"**{figure_text(figure, values)}**")
+            first = number == 0
+            reached.append(
+                [f"{name} ({model})" if first else "", *cells, aim if first else "",
+                 task["published"] if first else ""]
+            )  # fmt: skip
+        counts, summary = found["data"][task["data"]], runs[0]["summary"]
+        took.append([
+            name, *(f"{summary[f'{part}_rows']:,}" for part in ("train", "val", "test")),
+            f"{counts.get('exact_duplicates', 0):,} / {counts.get('near_duplicates', 0):,}",
+            f"{summary['avoided_exact'] + summary['avoided_near']:,}",
+            f"{max(run['wall_seconds'] for run in runs):.0f} s",
+            f"{max(run['peak_bytes'] for run in runs) / 1e9:.1f} GB",
+        ])  # fmt: skip
+    heads = (
+        (["課題（手法、モデル）", "数値", "学習前", "学習後", "目標", "公表値"],
+         ["課題", "学習行", "検証行", "評価行", "重複（完全／類似）", "他課題の評価に似た行",
+          "時間", "メモリー"])
         if ja
-        else "Figures are those of summary.json; of several seeds the mean, with the least and the "
-        "greatest. Time and memory are the most of a whole command."
+        else (["task (method, model)", "figure", "before", "after", "target", "published"],
+              ["task", "rows learnt", "to choose on", "measured", "duplicates, exact / near",
+               "like another test", "time", "memory"])
+    )  # fmt: skip
+    notes = (
+        (
+            "数値は各実行の `summary.json` のものです。複数のシードでは平均を、括弧に最小と最大を"
+            "示します。",
+            "完全な重複と類似した重複は、データを分ける前に除きました。ほかの課題の評価データに似た行は、"
+            "学習データから除きました。時間とメモリーは、コマンド全体の最大値です。",
+        )
+        if ja
+        else (
+            "Figures are those of each run's `summary.json`; of several seeds the mean, with the "
+            "least and the greatest.",
+            "Exact and near duplicates left before the rows were divided; rows like those of "
+            "another task's test are not learnt from. Time and memory are the most that a whole "
+            "command took.",
+        )
     )
-    return f"{table(head, rows)}\n\n{seeds} {machine(data, ja)}"
+    parts = [table(heads[0], reached), notes[0], table(heads[1], took), notes[1]]
+    return "\n\n".join(parts) + f" {machine(data, ja)}"
 
 
 def arithmetic(data: Row, ja: bool) -> str:
