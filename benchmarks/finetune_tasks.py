@@ -156,13 +156,13 @@ TASKS: dict[str, Task] = {
     ),
     "WNUT17": Task(
         "wnut17", "ner", "all-mpnet-base-v2",
-        {"train": {"epochs": 3, "learning_rate": 5e-5, "keep_best": False}},
+        {"train": {"epochs": 2, "learning_rate": 1e-4, "keep_best": False}},
         ("test_f1", "test_precision", "test_recall"), None,
         "0.419 (best of the shared task)",
     ),
     "UNER-EWT": Task(
         "uner-ewt", "ner", "all-mpnet-base-v2",
-        {"train": {"epochs": 5, "learning_rate": 5e-5, "keep_best": False}},
+        {"train": {"epochs": 4, "learning_rate": 1e-4, "keep_best": False}},
         ("test_f1", "test_precision", "test_recall"), None,
         "0.86 (XLM-R large, on the whole training file)",
     ),

@@ -9,7 +9,7 @@ from pathlib import Path
 NAMES = (
     "bpe_training", "unigram_training", "first_token", "inference", "quantization",
     "train_speed", "train_speed --part loss", "tinyshakespeare", "quickstart", "gguf_parity",
-    "experts", "finetune --work build/finetune", "tables",
+    "experts", "finetune --work build/finetune", "sft_speed", "arithmetic", "tables",
 )  # fmt: skip
 
 

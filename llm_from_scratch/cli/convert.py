@@ -17,6 +17,7 @@ examples:
   scratchlm convert model.gguf --to hf --dtype bf16 --out model/
   scratchlm convert smollm2-135m --to hf --out smollm2/ --json
   scratchlm convert old/pytorch_model.bin --to hf --out new/
+  scratchlm convert runs/poet/adapter --to hf --out merged/
 """
 
 
@@ -26,7 +27,8 @@ def add_parser(subparsers: Any) -> None:
         help="write a model in another format",
         description="Write a model as a Hugging Face folder (hf) or as a GGUF file (gguf). This is "
         "also the one door for old pickles (pytorch_model.bin with its config.json beside it): "
-        "only tensors are taken out of them, and no code is run.",
+        "only tensors are taken out of them, and no code is run. An adapter is merged into its "
+        "base, in fp32 unless --dtype or --kind says otherwise.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

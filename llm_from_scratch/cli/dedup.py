@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.core.files import refuse_existing
 
 EXAMPLES = """examples:
   scratchlm dedup books/ --out books.jsonl
@@ -66,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
     for path in (*args.data, *args.against):
         if not Path(path).exists():
             raise UserError(f"{path} does not exist; check the path.")
-    if args.out is not None and Path(args.out).exists():
-        raise UserError(f"{args.out} already exists. Choose another --out.")
+    if args.out is not None:
+        refuse_existing(args.out)
 
     from llm_from_scratch.core.runlog import LiveLine
     from llm_from_scratch.data.dedup import Texts, deduplicate, read_texts

@@ -33,7 +33,8 @@ def add_parser(subparsers: Any) -> None:
         help="say what a model costs, and what fits this machine",
         description="Parameters by part, FLOPs per token, key-value cache, the memory that "
         "inference and training take, and the largest batches that fit here. Reads the model's "
-        "description alone (config.json, a GGUF's metadata, a run's config.yaml), no weights.",
+        "description alone (config.json, a GGUF's metadata, a run's config.yaml), no weights. Of "
+        "an adapter it tells its kind and size, and the figures of its base.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -109,8 +110,21 @@ def _title(console: Console, found: dict[str, Any]) -> None:
     form = f"{stored['form']} " if stored["form"] else ""
     size = f", {form}{human_bytes(stored['bytes'])}" if stored["bytes"] else ""
     _say(console, f"{found['model']}: {found['family']}, {found['kind']}{head}", style="bold")
+    if (adapter := found["adapter"]) is not None:
+        _say(console, _adapter(adapter))
     _say(console, f"{'; '.join(shapes)}; a vocabulary of {vocab_size:,}")
     _say(console, f"read from {found['source']}{size}; no weight was loaded", style="dim")
+
+
+def _adapter(adapter: dict[str, Any]) -> str:
+    from llm_from_scratch.core.files import human_bytes
+
+    more = f", and {adapter['whole']:,} of layers trained whole" if adapter["whole"] else ""
+    return (
+        f"an adapter ({adapter['kind']}, rank {adapter['rank']}, alpha {adapter['alpha']:g}) of "
+        f"{adapter['base']}: {adapter['parameters']:,} parameters around {adapter['layers']} "
+        f"layers{more}, {human_bytes(adapter['bytes'])}; all that follows is its base's"
+    )
 
 
 def _heads(stack: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.core.files import refuse_existing
 
 if TYPE_CHECKING:
     from llm_from_scratch.data.labelled import LabelledFields
@@ -102,27 +103,32 @@ def run(args: argparse.Namespace) -> int:
     model = open_model(args, bad)
     kind = model.kind
     rows, wanted = given_rows(args, kind, bad)
+    if args.data:
+        rows, wanted = answerable(model, rows, wanted, bad)
     if not rows:
-        reason = f" (the first reason: {bad.sentences[0]})" if bad.sentences else "."
-        raise UserError("There is no text to predict anything of" + reason)
+        first = f" (the first reason: {bad.sentences[0].rstrip('.')})" if bad.sentences else ""
+        raise UserError(f"There is no text to predict anything of{first}.")
     answers = model.predict(rows, lambda done: line.show(f"Reading: {done:,} done"))
     line.end()
     for sentence in bad.sentences[:8]:
         line.say(f"Left out: {sentence}")
+    if len(bad.sentences) > 8:
+        line.say(f"Left out: {len(bad.sentences) - 8:,} more.")
     figures = figures_of(kind, model.labels, answers, wanted) if measures(kind) else {}
     found = [{**row, **one} for row, one in zip(rows, answers, strict=True)]
-    if args.out:
+    if args.out is not None:
         write_answers(Path(args.out), found)
     if args.json:
         print(json.dumps({"model": args.model, "predictions": found, "figures": figures}))
         return 0
-    if not args.out:
+    if args.out is None:
         for row, one in zip(rows, answers, strict=True):
             print(as_line(row["text"], one))
     else:
         print(f"Written: {args.out} ({len(found):,} rows)")
     for name, value in figures.items():
-        print(f"{name:<12} {value:,.4f}" if name != "rows" else f"{name:<12} {value:,}")
+        shown = f"{value:,}" if name in ("rows", "unknown_labels") else f"{value:,.4f}"
+        print(f"{name.replace('_', ' '):<14} {shown}")
     return 0
 
 
@@ -133,6 +139,8 @@ def measures(kind: str) -> bool:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse what contradicts itself, before a model is loaded."""
+    if args.out is not None:
+        refuse_existing(args.out)
     if bool(args.texts) == bool(args.data):
         raise UserError("Give either texts or --data FILE; one of them, not both.")
     if args.data and (args.pair is not None or args.choices):
@@ -237,6 +245,22 @@ def rows_of_files(
             rows.append({"place": row.place, **found})
             wanted.append(label)
     return rows, wanted
+
+
+def answerable(
+    model: Predictor, rows: Sequence[dict[str, Any]], wanted: Sequence[Any], bad: Any
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The rows that the model can answer, and what is wanted of them; `bad` is told of others."""
+    from llm_from_scratch.data.records import BadRow
+
+    kept: list[tuple[dict[str, Any], Any]] = []
+    for row, want in zip(rows, wanted, strict=True):
+        try:
+            model.check(row)
+            kept.append((row, want))
+        except BadRow as error:
+            bad(f"{row['place']}: {error}")
+    return [row for row, _ in kept], [want for _, want in kept]
 
 
 def label_of(

@@ -50,7 +50,9 @@ def _convert(value: Any, annotation: Any, where: str, default: Any = None) -> An
     if value is None or (optional and value in ("none", "null", "None")):
         if optional:
             return None
-        raise UserError(f"{where} needs a value.")
+        if not dataclasses.is_dataclass(kind):
+            raise UserError(f"{where} needs a value.")
+        value = {}  # a part with nothing in it, as flags find it
     if dataclasses.is_dataclass(kind):
         known = default if dataclasses.is_dataclass(default) else None
         return from_dict(typing.cast(type, kind), value, where, known)
@@ -178,12 +180,18 @@ def leaf_fields(cls: type, prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over`, part by part."""
+def merge(base: Mapping[str, Any], over: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """`base` with the values of `over`, part by part.
+
+    Raises `UserError` where `base` has a single value and `over` a part, which would hide it.
+    """
     result = dict(base)
     for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
-            result[key] = merge(result[key], value)
+        known, path = result.get(key), f"{where}.{key}" if where else str(key)
+        if isinstance(value, Mapping) and known is not None:
+            if not isinstance(known, Mapping):
+                raise UserError(f"{path} must be a table of names and values.")
+            result[key] = merge(known, value, path)
         else:
             result[key] = value
     return result

@@ -156,6 +156,12 @@ def writable_folder(path: Path | str) -> Path:
     return path
 
 
+def refuse_existing(path: Path | str) -> None:
+    """Raise `UserError` for an --out that is there already: no file is written over."""
+    if Path(path).exists():
+        raise UserError(f"{path} already exists. Choose another --out.")
+
+
 def sha256_of(path: Path | str) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()

@@ -18,13 +18,22 @@ from pathlib import Path
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.data.archives import Source, open_sources, shown
 from llm_from_scratch.data.bio import joined, spans_of_tags
-from llm_from_scratch.data.records import BadRows, Row
+from llm_from_scratch.data.records import (
+    BadRows,
+    Row,
+    files_in,
+    other_ending,
+    readable,
+    rows_of_source,
+)
+from llm_from_scratch.data.tables import TABLES
 
 ENDINGS = (".conll", ".iob2", ".iob", ".bio", ".bioes", ".ner", ".txt", ".tsv", ".conllu")
 _TAG = re.compile(r"(O|[BIESLUM][-_]\S+)\Z")
 _NUMBER = re.compile(r"\d+\Z")
 _RANGE = re.compile(r"\d+[-.]\d+\Z")  # a word of several, or an empty one, in CoNLL-U
 _KEPT = 200  # lines by which the columns are found
+_ALL_ENDINGS = [*dict.fromkeys([*TABLES, *(one for one in ENDINGS if one != ".txt")])]
 
 
 @dataclass(frozen=True)
@@ -40,9 +49,43 @@ class _Columns:
         return line.split(self.separator) if self.separator else line.split()
 
 
-def is_conll(path: Path | str) -> bool:
-    """Whether a file's name is that of such a file (`.gz` behind it or not)."""
-    return Path(str(path).removesuffix(".gz")).suffix.lower() in ENDINGS
+class NoColumns(UserError):
+    """A file that has no columns at all, such as one of prose."""
+
+
+def read_tagged(path: Path | str, bad: BadRows, columns: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of a file, or of the files in a folder or archive: sentences, and tables.
+
+    Files with an ending of `ENDINGS` are read as `read_conll` reads them, others as `read_rows`
+    does. In a folder a .txt without columns (README.txt) is passed over if there is anything else.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{shown(path)} does not exist; check the path.")
+    known, passed_over = False, list[NoColumns]()
+    for file in files_in(path):
+        with readable(file):
+            for source in open_sources(file, bad):
+                if source.suffix in ENDINGS:
+                    try:
+                        sentences = _Sentences.of(source)
+                    except NoColumns as error:
+                        if source.suffix != ".txt":
+                            raise
+                        passed_over.append(error)
+                        continue
+                    yield from sentences.rows(bad)
+                elif source.suffix in TABLES:
+                    yield from rows_of_source(source, bad, columns)
+                elif source.name == shown(path):
+                    raise other_ending(path, _ALL_ENDINGS)
+                else:
+                    continue
+                known = True
+    if passed_over and not known:
+        raise passed_over[0]
+    if not known and path.is_dir():
+        raise other_ending(path, _ALL_ENDINGS)
 
 
 def read_conll(path: Path | str, bad: BadRows) -> Iterator[Row]:
@@ -55,25 +98,35 @@ def read_conll(path: Path | str, bad: BadRows) -> Iterator[Row]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{shown(path)} does not exist; check the path given as --data.")
-    try:
+    with readable(path):
         for source in open_sources(path, bad):
-            yield from _sentences(source, bad)
-    except OSError as error:
-        raise UserError(f"{shown(path)}: cannot be read ({error.strerror or error}).") from None
+            yield from _Sentences.of(source).rows(bad)
 
 
-def _sentences(source: Source, bad: BadRows) -> Iterator[Row]:
-    lines = source.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    columns = _find_columns(source.name, [_decoded(line) or "" for line in lines])
-    sentence: list[tuple[int, str | None]] = []
-    for number, raw in enumerate([*lines, b""], start=1):
-        line = _decoded(raw)
-        if line is not None and not line.strip():
-            if sentence:
-                yield from _sentence(source.name, sentence, columns, bad)
-            sentence = []
-        elif line is None or not _is_comment(line, columns):
-            sentence.append((number, line))
+@dataclass(frozen=True)
+class _Sentences:
+    """The lines of a source, and what stands where in them."""
+
+    name: str
+    lines: list[bytes]
+    columns: _Columns
+
+    @classmethod
+    def of(cls, source: Source) -> _Sentences:
+        lines = source.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        columns = _find_columns(source.name, [_decoded(line) or "" for line in lines])
+        return cls(source.name, lines, columns)
+
+    def rows(self, bad: BadRows) -> Iterator[Row]:
+        sentence: list[tuple[int, str | None]] = []
+        for number, raw in enumerate([*self.lines, b""], start=1):
+            line = _decoded(raw)
+            if line is not None and not line.strip():
+                if sentence:
+                    yield from _sentence(self.name, sentence, self.columns, bad)
+                sentence = []
+            elif line is None or not _is_comment(line, self.columns):
+                sentence.append((number, line))
 
 
 def _decoded(raw: bytes) -> str | None:
@@ -84,11 +137,16 @@ def _decoded(raw: bytes) -> str | None:
 
 
 def _find_columns(name: str, lines: Sequence[str]) -> _Columns:
-    plain = [line for line in lines if line.strip() and not line.startswith(("# ", "-DOCSTART-"))]
-    separator = "\t" if any("\t" in line for line in plain[:_KEPT]) else None
-    rows = [line.split(separator) for line in plain[:_KEPT]]
+    numbers = [
+        number
+        for number, line in enumerate(lines)
+        if line.strip() and not line.startswith(("# ", "-DOCSTART-"))
+    ]
+    plain = [lines[number] for number in numbers[:_KEPT]]
+    separator = "\t" if any("\t" in line for line in plain) else None
+    rows = [line.split(separator) for line in plain]
     if not rows:
-        raise UserError(f"{name} has no line with a word and its tag.")
+        raise NoColumns(f"{name} has no line with a word and its tag.")
     counts = [len(row) for row in rows]
     count = max(set(counts), key=counts.count)
     rows = [row for row in rows if len(row) == count]
@@ -102,9 +160,11 @@ def _find_columns(name: str, lines: Sequence[str]) -> _Columns:
     # The last one that holds nothing but tags: CoNLL-2003 has another kind of them before it.
     best = max(shares, key=lambda column: (shares[column], column), default=None)
     if best is None or shares[best] <= 0.5:  # a few broken lines are named later
-        raise UserError(
-            f"{name}: no column holds tags such as O, B-PER and I-PER (a line is "
-            f"{plain[0]!r:.60}); give a CoNLL file, or rows with 'text' and 'entities' as .jsonl."
+        even = count > 1 and 2 * len(rows) > len(plain)
+        raise (UserError if even else NoColumns)(
+            f"{name}:{numbers[0] + 1}: no column holds tags such as O, B-PER and I-PER (the "
+            f"line is {plain[0]!r:.60}); give a CoNLL file, or rows with 'text' and 'entities' as "
+            ".jsonl."
         )
     return _Columns(word, best, count, separator)
 

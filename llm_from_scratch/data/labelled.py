@@ -38,7 +38,12 @@ class LabelledFields:
         found = self._label(values)
         if kind == "numbers":
             return number_of(found, self.label)
-        return choice_of(found, choices, self.label) if kind == "choices" else found
+        if kind != "choices":
+            return found
+        given, of = values[self.label], self._given_choices(values)
+        # Where choices are texts, a row that has a number means the place.
+        counts = not isinstance(given, str) and any(isinstance(one, str) for one in of)
+        return choice_of(found, choices, self.label, counts=counts)
 
     def _field(self, values: Mapping[str, Any], name: str, setting: str) -> Any:
         if name not in values:
@@ -77,16 +82,21 @@ class LabelledFields:
             raise BadRow(f"has an empty '{self.label}'; fill it in or leave the row out.")
         return text
 
-    def _choices(self, values: Mapping[str, Any]) -> list[str]:
+    def _given_choices(self, values: Mapping[str, Any]) -> list[Any]:
+        """The choices as they stand in the row."""
         names = self.choices
         found = [self._field(values, name, "choices_fields") for name in names]
-        if len(names) == 1:
-            if not isinstance(found[0], list):
-                raise BadRow(
-                    f"has no list in the field '{names[0]}'; name the fields of the single choices "
-                    f"with --{self.flags}choices_fields."
-                )
-            found = found[0]
+        if len(names) > 1:
+            return found
+        if not isinstance(found[0], list):
+            raise BadRow(
+                f"has no list in the field '{names[0]}'; name the fields of the single choices "
+                f"with --{self.flags}choices_fields."
+            )
+        return list(found[0])
+
+    def _choices(self, values: Mapping[str, Any]) -> list[str]:
+        found = self._given_choices(values)
         texts = [self._text({"choices": one}, "choices", "choices_fields") for one in found]
         if len(texts) < 2:
             raise BadRow("has fewer than two choices; add others or leave the row out.")
@@ -104,17 +114,35 @@ def number_of(wanted: str, name: str) -> float:
     return number
 
 
-def choice_of(wanted: str, choices: Sequence[str], name: str) -> int:
-    """Which choice: a number counts from 0, one capital letter from A, else it is the text."""
-    if wanted.isascii() and wanted.isdigit():
-        number = int(wanted) if len(wanted) < 10 else len(choices)
-    elif len(wanted) == 1 and "A" <= wanted <= "Z":
-        number = ord(wanted) - ord("A")
-    else:
-        number = list(choices).index(wanted) if wanted in choices else len(choices)
-    if number >= len(choices):
+def choice_of(wanted: str, choices: Sequence[str], name: str, *, counts: bool = False) -> int:
+    """Which choice: the one with this text, else by a number from 0 or a capital letter from A.
+
+    With `counts` a number is the place even where another choice has it as its text. A letter that
+    is the place of one choice and the text of another is refused, as is the text of several.
+    """
+    same = [number for number, text in enumerate(choices) if text.strip() == wanted]
+    letter = len(wanted) == 1 and "A" <= wanted <= "Z"
+    place = len(choices)
+    if wanted.isascii() and wanted.isdigit() and len(wanted) < 10:
+        place = int(wanted)
+    elif letter:
+        place = ord(wanted) - ord("A")
+    placed = place < len(choices)
+    if len(same) == 1 and placed and place != same[0] and letter:
         raise BadRow(
-            f"has '{wanted}' as '{name}', which is none of its {len(choices)} choices; give a "
-            "number from 0, a letter from A, or the text of one of them."
+            f"has '{wanted}' as '{name}', which is the letter of one choice and the text of "
+            "another; give a number from 0."
         )
-    return number
+    if len(same) == 1 and not (placed and counts):
+        return same[0]
+    if placed:
+        return place
+    if same:
+        raise BadRow(
+            f"has '{wanted}' as '{name}', which is the text of {len(same)} of its choices; give a "
+            "number from 0, or a letter from A."
+        )
+    raise BadRow(
+        f"has '{wanted}' as '{name}', which is none of its {len(choices)} choices; give a number "
+        "from 0, a letter from A, or the text of one of them."
+    )

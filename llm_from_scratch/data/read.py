@@ -87,6 +87,7 @@ def read_documents(
     on_bad: str = "skip",
     report: ReadReport | None = None,
     text_field: str = "text",
+    columns: Sequence[str] = (),
 ) -> Iterator[Document]:
     """The documents of files, folders and archives, in a fixed order.
 
@@ -95,6 +96,7 @@ def read_documents(
         on_bad: "skip" notes a broken file or row in the report and goes on, "stop" raises.
         report: filled while the documents are taken.
         text_field: the field or column of .jsonl, .json, .csv, .tsv and .parquet.
+        columns: the names of the columns of a .csv or .tsv without a header.
 
     Raises:
         UserError: at once for a path that does not exist; while reading for anything broken if
@@ -110,7 +112,8 @@ def read_documents(
         if str(path) == PYTHON:
             raise UserError("The corpus python stands alone; leave out the other files or python.")
         raise UserError(f"{shown(path)} does not exist; check the path given as --data.")
-    reading = _Reading(on_bad, report if report is not None else ReadReport(), text_field)
+    report = report if report is not None else ReadReport()
+    reading = _Reading(on_bad, report, text_field, tuple(columns))
     return reading.documents([Path(path) for path in paths])
 
 
@@ -121,6 +124,7 @@ class _Reading:
     on_bad: str
     report: ReadReport
     text_field: str
+    columns: tuple[str, ...] = ()
 
     def documents(self, paths: Sequence[Path]) -> Iterator[Document]:
         for path in paths:
@@ -174,7 +178,7 @@ class _Reading:
         before = self.report.documents
         try:
             if source.suffix in TABLES:
-                for place, text in rows_of(source, self.text_field, self._bad):
+                for place, text in rows_of(source, self.text_field, self._bad, self.columns):
                     yield from self._document(text, place)
             else:
                 text, encoding = decode_text(source.read(), source.name)

@@ -6,8 +6,9 @@ A row keeps the place it is from (`file:row`, counted from 1), so that whatever 
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -63,35 +64,52 @@ def read_rows(path: Path | str, bad: BadRows, columns: Sequence[str] = ()) -> It
     if not path.exists():
         raise UserError(f"{shown(path)} does not exist; check the path.")
     known = False
-    for file in _files(path):
-        try:
+    files = files_in(path)
+    tables = [file for file in files if not file.name.removesuffix(".gz").endswith(".txt")]
+    if path.is_dir():
+        # A README.txt beside tables is no table; a folder of plain texts is read line by line.
+        files = [file for file in tables if _is_table(file)] or files
+    for file in files:
+        with readable(file):
             for source in open_sources(file, bad):
-                if source.suffix not in (*TABLES, ".txt"):
-                    if file == path and source.name == shown(path):
-                        raise UserError(
-                            f"{source.name}: its ending is none of {', '.join(TABLES)} and .txt "
-                            "(each also .gz); rename the file after what it holds."
-                        )
-                    continue
-                known = True
-                yield from _rows(source, bad, columns)
-        except OSError as error:
-            raise UserError(f"{shown(file)}: cannot be read ({error.strerror or error}).") from None
+                if source.suffix in (*TABLES, ".txt"):
+                    known = True
+                    yield from rows_of_source(source, bad, columns)
+                elif source.name == shown(path):
+                    raise other_ending(path, TABLES)
     if not known and path.is_dir():
-        raise UserError(
-            f"{shown(path)}: no file in this folder ends in {', '.join(TABLES)} or .txt (each also "
-            ".gz); rename the files after what they hold, or name them one by one."
+        raise other_ending(path, TABLES)
+
+
+def other_ending(path: Path, endings: Iterable[str]) -> UserError:
+    """What to say of a file whose ending is none of these and .txt, or a folder without such."""
+    named = ", ".join(endings)
+    if path.is_dir():
+        return UserError(
+            f"{shown(path)}: no file in this folder ends in {named} or .txt (each also .gz); "
+            "rename the files after what they hold, or name them one by one."
         )
+    return UserError(
+        f"{shown(path)}: its ending is none of {named} and .txt (each also .gz); rename the file "
+        "after what it holds."
+    )
 
 
-def _files(path: Path) -> list[Path]:
+def files_in(path: Path) -> list[Path]:
+    """The files in a folder in the order of their names, hidden ones left out; or the file."""
     if not path.is_dir():
         return [path]
     inside = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
-    files = [path / file for file in sorted(inside) if not any(p[0] == "." for p in file.parts)]
-    tables = [file for file in files if not file.name.removesuffix(".gz").endswith(".txt")]
-    # A README.txt beside tables is no table; a folder of plain texts is read line by line.
-    return [file for file in tables if _is_table(file)] or files
+    return [path / file for file in sorted(inside) if not any(p[0] == "." for p in file.parts)]
+
+
+@contextlib.contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """What the disk refuses as a `UserError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{shown(file)}: cannot be read ({error.strerror or error}).") from None
 
 
 def _is_table(file: Path) -> bool:
@@ -99,7 +117,8 @@ def _is_table(file: Path) -> bool:
     return suffix in TABLES or suffix == ".zip"
 
 
-def _rows(source: Source, bad: BadRows, columns: Sequence[str]) -> Iterator[Row]:
+def rows_of_source(source: Source, bad: BadRows, columns: Sequence[str]) -> Iterator[Row]:
+    """The rows of a table, or the lines of a .txt."""
     records = records_of(source, bad, columns) if source.suffix in TABLES else _lines(source, bad)
     for place, record in records:
         if isinstance(record, dict):

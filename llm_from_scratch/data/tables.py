@@ -53,10 +53,10 @@ def records_of(source: Source, bad: Bad, columns: Sequence[str] = ()) -> Records
     return TABLES[source.suffix](source, Wanted(tuple(columns)), bad)
 
 
-def rows_of(source: Source, field: str, bad: Bad) -> Rows:
-    """The texts of a table, from one field of each row."""
+def rows_of(source: Source, field: str, bad: Bad, columns: Sequence[str] = ()) -> Rows:
+    """The texts of a table, from one field of each row; `columns` as in `records_of`."""
     texts = _Texts(source.name, field, bad)
-    for place, record in TABLES[source.suffix](source, Wanted(field=field), bad):
+    for place, record in TABLES[source.suffix](source, Wanted(tuple(columns), field), bad):
         yield from texts.text(record, place)
     texts.finish()
 
@@ -252,6 +252,11 @@ def _header(name: str, rows: Any, wanted: Wanted) -> tuple[list[str], list[str] 
         return [], None
     if wanted.columns:
         header = list(wanted.columns)
+        if wanted.field is not None and wanted.field not in header:
+            raise UserError(
+                f"{name}: --data.columns names no '{wanted.field}'"
+                f"{choices(wanted.field, header)}; name the column with the text so."
+            )
         return header, None if first == header else first
     if wanted.field is not None and wanted.field not in first:
         raise UserError(

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.data.records import BadRow
 from llm_from_scratch.evaluate.classification import label_figures, number_figures
 from llm_from_scratch.evaluate.classifier import CHOICE, Line, Question, answer, line_of
 from llm_from_scratch.evaluate.prompt_likelihood import PromptClassifier, Shot
@@ -52,12 +53,23 @@ class Predictor:
             self.tagger = as_tagger(model, tokenizer, locate(name))
         self.limit = int(model.stack.max_seq_len)
 
+    def check(self, row: Mapping[str, Any]) -> None:
+        """`BadRow` for a row that `predict` would end at: no mask token, a prompt that is too long.
+
+        What a head reads is cut instead.
+        """
+        if isinstance(self.model, PromptClassifier):
+            self.model.check(Shot(row["text"], pair=row.get("pair", "")))
+        elif self.kind == "missing":
+            self._gaps(row["text"])
+
     def predict(
         self, rows: Sequence[Mapping[str, Any]], report: Report = lambda done: None
     ) -> list[dict[str, Any]]:
         """One answer for each row {"text", "pair", "choices"}, of which only the first must be.
 
-        Rows longer than the context are cut. `report` is told how many are done.
+        Rows longer than the context are cut; those that cannot be (see `check`) are a `UserError`.
+        `report` is told how many are done.
         """
         if isinstance(self.model, PromptClassifier):
             shots = [Shot(row["text"], pair=row.get("pair", "")) for row in rows]
@@ -110,19 +122,29 @@ class Predictor:
             report(len(found))
         return found
 
+    def _gaps(self, text: str) -> tuple[list[int], list[bool]]:
+        """A text as the model reads it, cut to the context, and where in it a word is missing."""
+        mask = -1 if self.tokenizer.mask_id is None else self.tokenizer.mask_id
+        ids = self.tokenizer.encode_inputs([text], max_length=self.limit, special=True).ids[0]
+        if mask in ids:
+            return ids, [one == mask for one in ids]
+        name = "a mask token" if mask < 0 else str(self.tokenizer.tokens[mask])
+        whole = self.tokenizer.encode_inputs([text], special=True).ids[0]
+        if mask in whole:
+            raise BadRow(
+                f"has {len(whole):,} tokens, and its first {name} stands behind the {self.limit:,} "
+                "that the model reads; shorten it."
+            )
+        raise BadRow(f"has no gap for the model to fill; write {name} where a word is missing.")
+
     @torch.no_grad()
     def _missing(self, text: str) -> dict[str, Any]:
-        tokenizer = self.tokenizer
-        inputs = tokenizer.encode_inputs([text], max_length=self.limit, special=True)
-        ids = torch.tensor(inputs.ids, device=next(self.model.parameters()).device)
-        gaps = ids[0].eq(-1 if tokenizer.mask_id is None else tokenizer.mask_id)
-        if not gaps.any():
-            mask = "a mask token"
-            if tokenizer.mask_id is not None:
-                mask = str(tokenizer.tokens[tokenizer.mask_id])
-            raise UserError(
-                f"The model guesses missing words; write {mask} where one is missing in '{text}'."
-            )
+        tokenizer, device = self.tokenizer, next(self.model.parameters()).device
+        try:
+            found, missing = self._gaps(text)
+        except BadRow as error:
+            raise UserError(f"The text {text!r:.60} {error}") from error
+        ids, gaps = torch.tensor([found], device=device), torch.tensor(missing, device=device)
         scores = self.model.answer(self.model.states(ids, None, None)[0][gaps], None)
         best, which = scores.float().softmax(-1).topk(min(GUESSES, scores.shape[-1]))
         return {
@@ -179,15 +201,16 @@ def figures_of(
     answers: Sequence[Mapping[str, Any]],
     wanted: Sequence[str | float | int | None],
 ) -> dict[str, float]:
-    """How good answers are, over the rows where something is wanted that can be; "rows" of them."""
-    pairs = [
-        (one, want)
-        for one, want in zip(answers, wanted, strict=True)
-        if want is not None and (kind != "labels" or want in labels)
-    ]
+    """How good answers are, over the rows where something is wanted that can be; "rows" of them.
+
+    "unknown_labels" counts those that want a label which the model does not have.
+    """
+    asked = [(one, want) for one, want in zip(answers, wanted, strict=True) if want is not None]
+    pairs = [(one, want) for one, want in asked if kind != "labels" or want in labels]
+    unknown = {"unknown_labels": len(asked) - len(pairs)} if len(pairs) < len(asked) else {}
     if not pairs:
-        return {}
-    found: dict[str, float] = {"rows": len(pairs)}
+        return {**unknown}
+    found: dict[str, float] = {"rows": len(pairs), **unknown}
     if kind == "numbers":
         got = [float(one["value"]) for one, _ in pairs]
         return found | number_figures(got, [float(want) for _, want in pairs])

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.data.records import BadRow
 from llm_from_scratch.model.cache import KVCache, PagePool
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.encoder_decoder import EncoderDecoder
@@ -148,7 +149,10 @@ class PromptClassifier:
         scores = [math.nan] * (len(questions) * count)
         rows: list[_Asked] = []
         for number, question in enumerate(questions):
-            rows += self._rows(question, number * count, number + 1)
+            try:
+                rows += self._rows(question, number * count)
+            except BadRow as error:
+                raise UserError(f"Text {number + 1} {error}") from error
         for done, (asked, found) in enumerate(self._run(rows), start=1):
             for place, tail, logprob in zip(asked.places, asked.tails, found, strict=True):
                 scores[place] = logprob / self._size(self.words[place % count], tail)
@@ -165,7 +169,11 @@ class PromptClassifier:
 
     # --- prompts -----------------------------------------------------------------------------
 
-    def _rows(self, question: Shot, place: int, number: int) -> list[_Asked]:
+    def check(self, question: Shot) -> None:
+        """`BadRow` for a text whose prompt is longer than the model's context."""
+        self._rows(question, 0)
+
+    def _rows(self, question: Shot, place: int) -> list[_Asked]:
         """The rows of one prompt: one for all labels where each of them is a single token."""
         ends = self._ends(question)
         beginnings, tails = [ids for ids, _ in ends], [tail for _, tail in ends]
@@ -177,9 +185,9 @@ class PromptClassifier:
         limit = self._limit()
         longest = max(len(row.ids) + len(row.tails[0]) - 1 for row in rows)
         if longest > limit:
-            raise UserError(
-                f"Text {number} makes a prompt of {longest} tokens, more than the model's {limit}; "
-                "give fewer shots or a shorter text."
+            raise BadRow(
+                f"makes a prompt of {longest} tokens, more than the model's {limit}; give fewer "
+                "shots or a shorter text."
             )
         return rows
 

@@ -100,26 +100,31 @@ def _cell(value: Any) -> str:
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
     """The report as Markdown."""
-    parts = [f"# {_md(title)}\n"]
+    parts = [f"# {plain_md(title)}\n"]
     for section in sections:
-        parts.append(f"## {_md(section.title)}\n")
+        parts.append(f"## {plain_md(section.title)}\n")
         if section.text:
-            parts.append(f"{_md(section.text)}\n")
+            parts.append(f"{plain_md(section.text)}\n")
         if section.draw is not None:
-            parts.append(f"![{_md(section.title)}](pictures/{picture_name(section)}.svg)\n")
+            parts.append(f"![{plain_md(section.title)}](pictures/{picture_name(section)}.svg)\n")
         if section.table is not None:
             header, rows = section.table.header, section.table.rows
             rule = f"|{'---|' * len(header)}"
-            lines = [f"| {' | '.join(map(_md, header))} |", rule]
-            lines += [f"| {' | '.join(_md(_cell(value)) for value in row)} |" for row in rows]
+            lines = [f"| {' | '.join(map(plain_md, header))} |", rule]
+            lines += [f"| {' | '.join(plain_md(_cell(value)) for value in row)} |" for row in rows]
             parts.append("\n".join(lines) + "\n")
         if section.verbatim:
-            fence = "`" * max(3, 1 + max(map(len, re.findall("`+", section.verbatim)), default=0))
-            parts.append(f"{fence}text\n{section.verbatim.rstrip()}\n{fence}\n")
+            parts.append(fenced(section.verbatim.rstrip()))
     return "\n".join(parts)
 
 
-def _md(text: str) -> str:
+def fenced(text: str) -> str:
+    """Text that Markdown shows letter by letter, between fences longer than any in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}\n"
+
+
+def plain_md(text: str) -> str:
     """Text that Markdown shows as it stands, on one line."""
     escaped = re.sub(r"([\\`*_\[\]|#])", r"\\\1", html.escape(text, quote=False))
     return re.sub(r"\r\n?|\n", "<br>", escaped)

@@ -267,6 +267,13 @@ def _ruled(rule: Rule, finding: Finding) -> Verifier:
 
 def missing(name: str, row: Row, finding: Finding) -> str | None:
     """What a row lacks for a verifier, as a sentence's end; None if nothing."""
+    try:
+        return _missing(name, row, finding)
+    except UserError as error:  # a pattern or a schema that is none
+        return f"cannot be judged by the verifier {name}. {error}"
+
+
+def _missing(name: str, row: Row, finding: Finding) -> str | None:
     need = RULES[name][1] if name in RULES else ""
     if need == "pattern":
         if "pattern" not in row and finding.pattern is None:
@@ -274,7 +281,10 @@ def missing(name: str, row: Row, finding: Finding) -> str | None:
         if "pattern" in row:
             compiled(str(row["pattern"]))
     if need == "answer" and (row.get("answer") is None or row["answer"] == ""):
-        return f"has no answer, which the verifier {name} needs."
+        return (
+            f"has no answer, which the verifier {name} needs; name the column with "
+            "--grpo.answer_field."
+        )
     if name == "number" and wanted_number(row["answer"]) is None:
         return f"has the answer {shown(row['answer'])}, in which there is no number."
     if name == "json_equal" and isinstance(row["answer"], str) and not parse_json(row["answer"])[0]:

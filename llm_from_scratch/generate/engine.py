@@ -163,6 +163,9 @@ class Engine:
 
     def _adapter_of(self, request: Request) -> str:
         """The name of the adapter that a request is written with, or `BASE`."""
+        if self.switch is None and (switch := switch_of(self.model)) is not None:
+            # The model got its first adapter since: what was read so far was read without one.
+            self.switch, self.runner = switch, make_runner(self.model, self.pool)
         name = request.adapter
         if name is None:
             return BASE if self.switch is None or self.switch.active is None else self.switch.active

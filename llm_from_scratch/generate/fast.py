@@ -27,6 +27,7 @@ from llm_from_scratch.model.cache import PagePool
 from llm_from_scratch.model.config import ModelConfig
 from llm_from_scratch.model.decoder import Block, Decoder
 from llm_from_scratch.model.layers import Attention, FeedForward, RMSNorm
+from llm_from_scratch.model.lora import switch_of
 from llm_from_scratch.model.positions import rope_loudness
 from llm_from_scratch.quant import kernels
 from llm_from_scratch.quant.linear import QuantLinear
@@ -45,6 +46,8 @@ def make_runner(model: Writer, pool: PagePool) -> Runner:
 def why_plain(model: Decoder, pool: PagePool) -> str | None:
     """Why a decoder goes through PyTorch; None where the kernels can run it."""
     config = model.config
+    if switch_of(model) is not None:
+        return "it has adapters, which may differ from text to text"
     known = pool.keys.dtype in kernels.POOL_TYPES and pool.page_size == kernels.PAGE
     if pool.keys.device.type != "cpu" or not known:
         return "its cache is not one of the kernels'"

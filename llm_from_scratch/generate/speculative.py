@@ -9,6 +9,7 @@ et al., arXiv:2302.01318).
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -17,10 +18,19 @@ from torch import Tensor
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.generate.fast import make_runner
 from llm_from_scratch.generate.pages import Pages
-from llm_from_scratch.generate.requests import Feed, Sequence, Writer, check_numbers
+from llm_from_scratch.generate.requests import (
+    BASE,
+    Feed,
+    Request,
+    Sequence,
+    Writer,
+    check_numbers,
+)
 from llm_from_scratch.generate.sampling import Chooser, draw
+from llm_from_scratch.model.adapters import adapter_names
 from llm_from_scratch.model.cache import PagePool
 from llm_from_scratch.model.decoder import Decoder
+from llm_from_scratch.model.lora import switch_of
 from llm_from_scratch.quant import kernels
 
 GUESSES = 5
@@ -121,6 +131,7 @@ class Draft:
         self.pool = PagePool(model.config, count, page_size, model.activation_dtype, model.device)
         self.pages = Pages(count, page_size)
         self.runner = make_runner(model, self.pool)
+        self.switch = switch_of(model)
         self._twins: dict[Sequence, Sequence] = {}
 
     def check(self, model: Writer) -> None:
@@ -162,7 +173,7 @@ class Draft:
         tokens = list(sequence.tokens)
         twin = self._twins.get(sequence)
         if twin is None:
-            twin = Sequence(0, 0, sequence.request, tokens, 0, sequence.chooser)
+            twin = Sequence(0, 0, self._asked(sequence.request), tokens, 0, sequence.chooser)
             self._twins[sequence] = twin
         # A guess that was wrong stood where the last token is now, or behind it.
         twin.cached = min(twin.cached, len(tokens) - 1)
@@ -175,6 +186,12 @@ class Draft:
                 return None
             twin.table.append(page)
         return twin
+
+    def _asked(self, request: Request) -> Request:
+        """The request with an adapter of the draft: the one of that name, or the one that acts."""
+        if self.switch is None or request.adapter in adapter_names(self.model):
+            return request
+        return replace(request, adapter=self.switch.active or BASE)
 
     def _guess(self, sequence: Sequence, twin: Sequence, logits_v: Tensor) -> None:
         """Let the draft choose as the model would: the same settings, its own logits."""

@@ -190,10 +190,6 @@ class TextEngine:
         self.engine = Engine(model, **options)
         self.tokenizer = tokenizer
         self.pair = model.config if isinstance(model, EncoderDecoder) else None
-        self.written = tokenizer if self.pair is None else tokenizer.target
-        self.stop_ids = frozenset(tokenizer.stop_ids)
-        if self.pair is not None and self.pair.end_id is not None:
-            self.stop_ids |= {self.pair.end_id}
         self._texts: dict[int, dict[int, _Text]] = {}
         self._held: dict[int, list[Piece]] = {}  # what came while another stream was being read
 
@@ -203,24 +199,30 @@ class TextEngine:
         return self.engine.busy
 
     def submit(
-        self, prompt: Sequence[int], settings: SamplingSettings, adapter: str | None = None
+        self,
+        prompt: Sequence[int],
+        settings: SamplingSettings,
+        adapter: str | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> int:
         """Put a request into the queue; its number. Raises `UserError` for an impossible one.
 
-        `adapter` as in `Request`.
+        `adapter` as in `Request`; `tokenizer` is the adapter's own, where it has one: texts may end
+        at other tokens than the base's.
         """
+        written = tokenizer or self.tokenizer
+        stop_ids = frozenset(written.stop_ids)
+        if self.pair is not None:
+            written = written.target
+            stop_ids |= set() if self.pair.end_id is None else {self.pair.end_id}
         before = prompt[-LONGEST_CHARACTER:] if self.pair is None else [self.pair.start_id]
         constraint = make_constraint(
-            settings,
-            self.written,
-            stop_ids=self.stop_ids,
-            previous=before[-1] if before else None,
+            settings, written, stop_ids=stop_ids, previous=before[-1] if before else None
         )
-        request = Request(prompt, settings, self.stop_ids, constraint, adapter)
+        request = Request(prompt, settings, stop_ids, constraint, adapter)
         number = self.engine.submit(request)
         self._texts[number] = {
-            choice: _Text(self.written, request, before, self.stop_ids)
-            for choice in range(settings.n)
+            choice: _Text(written, request, before, stop_ids) for choice in range(settings.n)
         }
         return number
 

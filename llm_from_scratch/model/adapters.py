@@ -20,8 +20,8 @@ from llm_from_scratch.model.low_rank import Adapted, AdaptedEmbedding, AdaptedLi
 
 M = TypeVar("M", bound=nn.Module)
 __all__ = [
-    "adapted_layers", "adapter_names", "freeze_layers", "merged", "rows_with", "stacks_of",
-    "use_adapter", "without_adapters",
+    "adapted_layers", "adapter_names", "changes_nothing", "freeze_layers", "merged", "rows_with",
+    "stacks_of", "use_adapter", "with_adapter", "without_adapters",
 ]  # fmt: skip
 
 
@@ -36,6 +36,13 @@ def adapter_names(model: nn.Module) -> list[str]:
     for _, layer in adapted_layers(model):
         found |= dict.fromkeys(layer.names)
     return list(found)
+
+
+def changes_nothing(model: nn.Module) -> bool:
+    """Whether a model has adapters, all of which are as they were drawn: it is its base still."""
+    layers = adapted_layers(model)
+    adapters = [layer.named(name) for _, layer in layers for name in layer.names]
+    return bool(layers) and not any(a is not None and a.a.any() and a.b.any() for a in adapters)
 
 
 # --- which of them acts --------------------------------------------------------------------------
@@ -54,21 +61,26 @@ def use_adapter(model: nn.Module, name: str | None) -> None:
 
 
 @contextlib.contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model is its base alone: the reference of DPO, say.
-
-    A head that was trained beside the adapters stays what it is.
-    """
+def with_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Inside the block the adapter of that name acts on all rows; None is the base alone."""
     switch = switch_of(model)
     if switch is None:
         yield
         return
     before = switch.active, switch.rows
-    switch.active, switch.rows = None, None
+    switch.active, switch.rows = name, None
     try:
         yield
     finally:
         switch.active, switch.rows = before
+
+
+def without_adapters(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Inside the block the model is its base alone: the reference of DPO, say.
+
+    A head that was trained beside the adapters stays what it is.
+    """
+    return with_adapter(model, None)
 
 
 @contextlib.contextmanager

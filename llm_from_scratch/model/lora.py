@@ -29,6 +29,8 @@ from llm_from_scratch.model.low_rank import (
 
 KINDS = ("lora", "rslora", "dora")
 BASES = ("nf4", "int4", "int8")
+# Tables in which all texts of a batch may look up the same, and the axes of entries text by text.
+SHARED = {"positions": 2, "segments": 2, "relative_bias": 3}
 
 
 @dataclass(frozen=True)
@@ -174,10 +176,13 @@ def wrap(model: nn.Module, name: str) -> Adapted:
     if isinstance(layer, Adapted):
         return layer
     switch = switch_of(model) or Switch()
-    made: Adapted
-    made = AdaptedLinear(layer, switch) if is_linear(layer) else AdaptedEmbedding(layer, switch)
-    made.train(layer.training)
     parent, _, last = name.rpartition(".")
+    made: Adapted
+    if is_linear(layer):
+        made = AdaptedLinear(layer, switch)
+    else:
+        made = AdaptedEmbedding(layer, switch, SHARED.get(last, 1))
+    made.train(layer.training)
     setattr(model.get_submodule(parent), last, made)
     return made
 
@@ -204,12 +209,8 @@ def put_adapter(
             lengths = layer.whole().detach().float().norm(dim=1)
     else:
         assert isinstance(layer, AdaptedEmbedding)
+        assert not dora, "DoRA is for matrices"
         sizes = layer.num_embeddings, layer.embedding_dim
-        if dora:
-            raise UserError(
-                "DoRA stretches the rows of matrices; an embedding can have lora or rslora: leave "
-                "it out of lora.targets or set lora.kind."
-            )
     made = LowRank(*sizes, rank, scale, dropout, lengths, rooted, device_of(layer))
     layer.put(name, made.train(layer.training))
     return made
@@ -243,10 +244,22 @@ def add_lora(model: nn.Module, settings: LoraSettings, seed: int, name: str = DE
     drawn uniformly as PEFT does it, by the seed; B is zero. `settings.base` is not looked at here:
     see `quant/base.py`.
     """
-    names = chosen(layers_of(model), settings.targets)
+    layers = layers_of(model)
+    names = chosen(layers, settings.targets)
     if not names:
         raise UserError("This model has no linear layer in its blocks that could have an adapter.")
     check_targets(model, names)
+    if any(name in layer.names for layer in layers.values() if isinstance(layer, Adapted)):
+        raise UserError(
+            f"The model has an adapter '{name}' already, which a new one would take the place of. "
+            "Leave lora.rank out to train that one on, or merge it into a model first (scratchlm "
+            "convert)."
+        )
+    if settings.kind == "dora" and any(is_embedding(layers[place]) for place in names):
+        raise UserError(
+            "DoRA stretches the rows of matrices; an embedding can have lora or rslora: leave it "
+            "out of lora.targets or set lora.kind."
+        )
     freeze_backbones(model)
     generator = torch.Generator().manual_seed(seed)
     for place in names:

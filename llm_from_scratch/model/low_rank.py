@@ -32,6 +32,12 @@ class Switch:
         self.active: str | None = DEFAULT
         self.rows: list[tuple[str | None, Tensor]] | None = None
 
+    @property
+    def on_all_rows(self) -> str | None:
+        """The adapter of whoever takes a layer for one matrix, which it is not row by row."""
+        assert self.rows is None, "a layer whose rows have different adapters is no one matrix"
+        return self.active
+
 
 class LowRank(nn.Module):
     """One adapter of one layer: A (r, i), B (o, r), and with DoRA the rows' lengths (o,)."""
@@ -155,7 +161,7 @@ class Adapted(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The matrix that the layer acts as, for whoever multiplies by it without the layer."""
-        found = self.merged(self.switch.active)
+        found = self.merged(self.switch.on_all_rows)
         return found.to(self.whole().dtype) if found.dtype != self.whole().dtype else found
 
 
@@ -175,7 +181,7 @@ class AdaptedLinear(Adapted):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix that the layer acts as."""
-        return self.merged(self.switch.active).to(dtype)
+        return self.merged(self.switch.on_all_rows).to(dtype)
 
     def changed(self, adapter: LowRank, x: Tensor, y: Tensor) -> Tensor:
         z = F.dropout(x, adapter.dropout, self.training)
@@ -194,12 +200,23 @@ class AdaptedLinear(Adapted):
 
 
 class AdaptedEmbedding(Adapted):
-    """An embedding and its adapters: A holds a short row for each entry, B widens it."""
+    """An embedding and its adapters: A holds a short row for each entry, B widens it.
 
-    def __init__(self, base: Any, switch: Switch) -> None:
+    `axes` are those of the entries of a batch: with fewer, all texts look up the same (positions).
+    """
+
+    def __init__(self, base: Any, switch: Switch, axes: int = 1) -> None:
         super().__init__(base, switch)
         self.num_embeddings: int = base.num_embeddings
         self.embedding_dim: int = base.embedding_dim
+        self.axes = axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.switch.rows
+        if rows is not None and x.dim() < self.axes:  # what all share differs from row to row now
+            ones = [1] * (self.axes - 1 - x.dim())
+            x = x.expand(sum(len(rows_n) for _, rows_n in rows), *ones, *x.shape)
+        return super().forward(x)
 
     def changed(self, adapter: LowRank, x: Tensor, y: Tensor) -> Tensor:
         low = F.embedding(x, adapter.a.t())
@@ -207,7 +224,7 @@ class AdaptedEmbedding(Adapted):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The table that the layer acts as."""
-        return self.merged(self.switch.active).to(dtype)
+        return self.merged(self.switch.on_all_rows).to(dtype)
 
     def product(self, adapter: LowRank) -> Tensor:
         return adapter.product().t()

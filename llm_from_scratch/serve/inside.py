@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from llm_from_scratch import __version__
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.generate.generate import encode_prompt, encode_source
+from llm_from_scratch.model.adapters import with_adapter
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.heads import Head
 from llm_from_scratch.model.inside import Reading, cosines, lens_rows, nearest_of, reader_of
@@ -152,8 +153,22 @@ def token_of(tokenizer: Tokenizer, text: str) -> tuple[int, list[int]]:
 # --- looking -------------------------------------------------------------------------------------
 
 
+def through(do: Do[Any], served: ServedModel) -> Do[Any]:
+    """`do`, with each job done while the model's adapter acts: others share its base."""
+    name = served.adapter
+    if name is None:
+        return do
+
+    def adapted(job: Callable[[], Any]) -> Any:
+        with with_adapter(served.model, name or None):
+            return job()
+
+    return lambda job: do(partial(adapted, job))
+
+
 async def attention(do: Do[Any], served: ServedModel, ids: list[int], layer: int) -> dict[str, Any]:
     """The weights of one layer, packed: heads x T x T shares of 65,535."""
+    do = through(do, served)
     stack = reader_of(served.model)
     if layer >= len(stack.blocks):
         raise UserError(f"There is no layer {layer}: the model's are 0 to {len(stack.blocks) - 1}.")
@@ -172,6 +187,7 @@ async def attention(do: Do[Any], served: ServedModel, ids: list[int], layer: int
 
 async def lens(do: Do[Any], served: ServedModel, ids: list[int], top: int) -> dict[str, Any]:
     """The likeliest next tokens at the embedding and behind each block."""
+    do = through(do, served)
     reading: Reading = await do(lambda: Reading(served.model, ids))
     shown, cells = Shown(served.tokenizer), []
     while True:
@@ -189,6 +205,7 @@ async def lens(do: Do[Any], served: ServedModel, ids: list[int], top: int) -> di
 
 async def neighbours(do: Do[Any], served: ServedModel, asked: NeighboursAsked) -> dict[str, Any]:
     """The tokens whose embeddings point most nearly the same way."""
+    do = through(do, served)
     tokenizer = served.tokenizer
     token, ids = (asked.id, []) if asked.text is None else token_of(tokenizer, asked.text)
     assert token is not None

@@ -25,7 +25,7 @@ from llm_from_scratch.model.heads import Embedder, MaskedLM
 from llm_from_scratch.serve.limits import Limits
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.weights.adapter_config import is_adapter_folder
-from llm_from_scratch.weights.adapter_folder import about_adapter
+from llm_from_scratch.weights.adapter_folder import about_adapter, tokenizer_with
 from llm_from_scratch.weights.adapters import attach
 from llm_from_scratch.weights.assemble import Model
 from llm_from_scratch.weights.heads import add_head
@@ -150,12 +150,14 @@ def open_models(
     """
     limits, opening = limits or Limits(), opening or Opening()
     named = name_models(arguments)
-    places = {source: locate(source) for source in named.values()}
+    places = {source: locate(source).resolve() for source in named.values()}
     if opening.draft is not None:
         locate(opening.draft)
     opened: dict[str, ServedModel] = {}
     hosts: dict[Path, ServedModel] = {}
     adapters = [name for name, source in named.items() if is_adapter_folder(places[source])]
+    for name in adapters:
+        base_of(about_adapter(places[named[name]]))
     for name, source in named.items():
         if name not in adapters:
             model, tokenizer = load(source, dtype=opening.dtype, device=opening.device)
@@ -187,11 +189,13 @@ def open_adapter(
     folder = locate(source)
     about = about_adapter(folder)
     base = base_of(about)
-    place = locate(base)
+    place = locate(base).resolve()
     host = hosts.get(place)
     if host is None:
         model, tokenizer = load(base, dtype=opening.dtype, device=opening.device)
-        host = hosts[place] = serve_model(model, tokenizer, base, report=report)
+        # No client can ask for it, but it is counted: by a name that no model has.
+        own = f"{name}/{split_name(base)[0]}"
+        host = hosts[place] = serve_model(model, tokenizer, own, base, report=report)
     if about.head is not None or host.kind != "writer":
         raise UserError(
             f"{source} is an adapter that labels or embeds; the server has adapters of models "
@@ -202,7 +206,12 @@ def open_adapter(
     host.model.eval()
     use_adapter(host.model, None)
     host.adapter = BASE
-    made = replace(host, name=name, source=source, adapter=name, host=host)
+    tokenizer = tokenizer_with(folder, host.tokenizer, host.model)
+    tokenizer.encode("")
+    made = replace(
+        host, name=name, source=source, tokenizer=tokenizer, adapter=name, host=host,
+        created=int(time.time()),
+    )  # fmt: skip
     report(f"{name} is an adapter of {base}, with which it shares its memory.")
     return made
 

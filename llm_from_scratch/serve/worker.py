@@ -224,8 +224,9 @@ class Worker:
             if self._stopping:
                 raise _closing()
             engine = self._engine(desk)
+            tokenizer = self._served[order.name].tokenizer
             for row, request in enumerate(requests_of(order.prompts, order.settings)):
-                number = engine.submit(request.prompt, request.settings, order.adapter)
+                number = engine.submit(request.prompt, request.settings, order.adapter, tokenizer)
                 order.rows[number] = row
                 desk.by_number[number] = order
         except (UserError, Busy) as error:

@@ -85,7 +85,10 @@ def find(model: str | None, preset: str | None = None) -> tuple[Description, Pre
         run = from_dict(PretrainConfig, read_yaml(found))
         return describe_run(run, found), run
     settings = Path(str(model)).expanduser() / "config.yaml"
-    return found, from_dict(PretrainConfig, read_yaml(settings)) if settings.is_file() else None
+    values = read_yaml(settings) if settings.is_file() else {"method": None}
+    if "method" in values:  # fine-tuning has settings of another kind
+        return found, None
+    return found, from_dict(PretrainConfig, values)
 
 
 def describe_run(run: PretrainConfig, where: Path) -> Description:
@@ -184,6 +187,7 @@ def _described(found: Description) -> dict[str, Any]:
         "stored": {"form": found.form, "bytes": found.stored_bytes},
         "kind": kind_of(found.config),
         "head": None if found.head is None else found.head.kind,
+        "adapter": None if found.adapter is None else dataclasses.asdict(found.adapter),
         "family": found.config.family,
         "config": dataclasses.asdict(found.config),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ from llm_from_scratch.core.runlog import LiveLine
 from llm_from_scratch.model.adapters import Freeze, freeze_layers
 from llm_from_scratch.model.lora import LoraSettings, add_lora, switch_of
 from llm_from_scratch.quant.base import pack_base
+from llm_from_scratch.text.tokenizer import Tokenizer
+from llm_from_scratch.weights.adapter_config import is_adapter_folder
+from llm_from_scratch.weights.adapter_folder import about_adapter
 from llm_from_scratch.weights.adapters_write import save_adapter
+from llm_from_scratch.weights.sources import base_of, locate
 
 
 def check_adaptation(lora: LoraSettings, freeze: Freeze) -> None:
@@ -45,12 +50,18 @@ def adapt(
     return told
 
 
-def write_adapter(model: Any, folder: Path, base: str) -> None:
+def write_adapter(model: Any, folder: Path, base: str, tokenizer: Tokenizer) -> None:
     """The run's adapter/, for PEFT and for further training, where there is an adapter.
 
-    A base that is a folder is named by its full path: the adapter may be read from anywhere.
+    A base that is a folder is named by its full path: the adapter may be read from anywhere. Where
+    an adapter was trained on, its base stays what it is.
     """
     if switch_of(model) is None:
         return
+    with contextlib.suppress(UserError):  # what is gone by now keeps its name
+        place = locate(base)
+        if place.is_dir() and is_adapter_folder(place):
+            base = base_of(about_adapter(place))
     where = Path(base).expanduser()
-    save_adapter(model, folder / "adapter", str(where.resolve()) if where.exists() else base)
+    base = str(where.resolve()) if where.exists() else base
+    save_adapter(model, folder / "adapter", base, tokenizer=tokenizer)

@@ -24,17 +24,18 @@ from llm_from_scratch.core.errors import RunError, UserError
 from llm_from_scratch.core.files import ASIDE, write_aside
 from llm_from_scratch.core.runlog import LiveLine, plot_losses, read_json, write_json
 from llm_from_scratch.data.records import BadRow, BadRows, Row, stored_rows, write_rows
+from llm_from_scratch.evaluate.report import fenced, plain_md
 from llm_from_scratch.train.adapt import adapt, check_adaptation, write_adapter
+from llm_from_scratch.train.base_model import model_hash, refuse_other_model
 from llm_from_scratch.train.checkpoint import own_parameters
 from llm_from_scratch.train.finetune_report import finite, write_run_report
-from llm_from_scratch.train.finetune_rows import PARTS, gather, reason, tell
+from llm_from_scratch.train.finetune_rows import PARTS, gather, reason, tell, unseen_sentence
 from llm_from_scratch.train.loop import Hooks, Loop
 from llm_from_scratch.train.methods import method_named
 from llm_from_scratch.train.methods.base import FinetuneConfig, FinetuneMethod, Outcome
 from llm_from_scratch.train.methods.names import METHODS
 from llm_from_scratch.train.run import Run, carry_out, steps_of, with_train, write_card
 from llm_from_scratch.weights.folder_write import save_folder
-from llm_from_scratch.weights.sources import locate
 
 SAMPLES = 3  # validation rows that samples.md follows through the training
 
@@ -101,6 +102,7 @@ class Finetuning:
         self.command = f"scratchlm finetune {name}"
         self.rows: dict[str, list[Row]] = {}
         self.items: dict[str, list[Any]] = {}
+        self.unseen = dict.fromkeys(PARTS[1:], 0)  # rows that want what training never saw
         self.method: FinetuneMethod
         self.model: Any
         self.told: dict[str, Any] = {}  # of the adaptation, for summary.json
@@ -109,11 +111,11 @@ class Finetuning:
 
     def prepare(
         self, config: FinetuneConfig, folder: Path, line: LiveLine
-    ) -> tuple[FinetuneConfig, dict[str, str]]:
+    ) -> tuple[FinetuneConfig, dict[str, Any]]:
         if not config.model:
             raise UserError("No model was given; name the one to start from, as MODEL.")
         check_adaptation(config.lora, config.freeze)
-        locate(config.model)  # a wrong name is said before the rows are read
+        began_with = model_hash(config.model)  # a wrong name is said before the rows are read
         self.method = self.cls(config)
         bad = BadRows(config.data.on_bad)
         gathered = gather(self.method, config, bad, line)
@@ -121,6 +123,10 @@ class Finetuning:
         self._open(config, bad, line)
         tell(bad.sentences, "data/skipped.txt", line)
         tell(gathered.conflicts, "data/conflicts.txt", line)
+        for part, count in self.unseen.items():
+            if count:
+                counts[f"unseen_{part}_rows"] = count
+                line.say(unseen_sentence(part, count, self.cls.wants))
         counts |= {f"{part}_rows": len(self.rows[part]) for part in PARTS}
         counts["skipped_rows"] = len(bad.sentences)
         line.say(", ".join(f"{name.replace('_', ' ')}: {n:,}" for name, n in counts.items()) + ".")
@@ -139,10 +145,11 @@ class Finetuning:
         self._adapt(config, line)
         self.method.prepare(self.model, self.items, folder, line)
         hashes = {part: file_hash(folder / "data" / f"{part}.jsonl") for part in PARTS}
-        return config, hashes
+        return config, {"data_sha256": hashes, "model_sha256": began_with}
 
     def reopen(self, config: FinetuneConfig, folder: Path, line: LiveLine) -> None:
-        known = read_json(folder / "environment.json")["data_sha256"]
+        about = read_json(folder / "environment.json")
+        known = about["data_sha256"]
         for part in PARTS:
             path = folder / "data" / f"{part}.jsonl"
             self.rows[part] = stored_rows(path)
@@ -150,6 +157,7 @@ class Finetuning:
                 raise UserError(f"{path} is missing; put it back, or start a new run.")
             if file_hash(path) != known.get(part):
                 raise UserError(f"{path} was changed since the run began; start a new run.")
+        refuse_other_model(config.model, about.get("model_sha256"), folder)
         self.method = self.cls(config)
         self.method.learn(self.rows["train"])
         self.model = self.method.open()
@@ -184,6 +192,7 @@ class Finetuning:
                     kept.append(row)
                 except BadRow as error:
                     bad(f"{row.place}: {error}")
+            self.unseen[part] += len(self.rows[part]) - len(kept)
             self.rows[part] = kept
 
     def _encode(self, bad: BadRows, line: LiveLine) -> None:
@@ -276,7 +285,7 @@ class Finetuning:
         part = "test" if self.items["test"] else "val"
         summary |= {f"base_{part}_{name}": value for name, value in before["figures"].items()}
         summary |= finite(summary)
-        write_adapter(self.model, folder, config.model)
+        write_adapter(self.model, folder, config.model, self.method.tokenizer)
         save_folder(self.model, self.method.tokenizer, folder / "model")
         for made in ("adapter", "model"):
             if (folder / made).is_dir():
@@ -327,6 +336,6 @@ def append_sample(folder: Path, step: int, examples: list[dict[str, str]]) -> No
     path = folder / "samples.md"
     old = path.read_text(encoding="utf-8") if path.is_file() else "# Samples\n"
     old = old.split(f"\n## Step {step}\n")[0]  # a resumed run writes its steps again
-    text = "\n".join(f"**{e['given']!r}**\n\n```text\n{e['got']}\n```\n" for e in examples)
+    text = "\n".join(f"**{plain_md(repr(e['given']))}**\n\n{fenced(e['got'])}" for e in examples)
     with write_aside(path) as file:
         file.write(f"{old.rstrip()}\n\n## Step {step}\n\n{text}")

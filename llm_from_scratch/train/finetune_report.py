@@ -18,11 +18,14 @@ COUNTS = {
     "test_rows": "to measure on",
     "exact_duplicates": "left out: the same as another",
     "near_duplicates": "left out: near-duplicates of another",
+    "held_out_prompts": "left out: the prompt of a row to measure or choose on",
     "avoided_exact": "left out: the same as a text to avoid",
     "avoided_near": "left out: near-duplicates of a text to avoid",
     "label_conflicts": "the same as another, but with another label",
     "rows_not_selected": "left out: not selected",
     "skipped_rows": "left out: cannot be used",
+    "unseen_val_rows": "of these, to choose on: labels that training never saw",
+    "unseen_test_rows": "of these, to measure on: labels that training never saw",
 }
 
 

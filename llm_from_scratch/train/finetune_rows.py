@@ -6,14 +6,14 @@ like it is not learnt from. Files under data.avoid (the tests of other tasks) ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.core.runlog import LiveLine
-from llm_from_scratch.data.near_duplicates import Duplicate, find_duplicates
+from llm_from_scratch.data.near_duplicates import Duplicate, find_duplicates, plain
 from llm_from_scratch.data.records import BadRow, BadRows, Row, read_rows
 from llm_from_scratch.data.split import drawing_order
 from llm_from_scratch.train.methods.base import FinetuneConfig, FinetuneMethod
@@ -67,7 +67,9 @@ def gather(
         ("test", data.test, data.test_fraction), ("val", data.val, data.val_fraction),
     ):  # fmt: skip
         if not paths and share:
-            rows["train"], rows[part] = split_rows(rows["train"], round(share * total), seed)
+            groups = [plain(method.group_of(row.values)) for row in rows["train"]]
+            count = round(share * total)
+            rows["train"], rows[part] = split_rows(rows["train"], groups, count, seed)
     return found
 
 
@@ -127,7 +129,29 @@ def _leave_out(
             found.conflicts.append(sentence)
             counts["label_conflicts"] = counts.get("label_conflicts", 0) + 1
     out = {one.number for one in alike}
-    found.rows[part] = [row for number, row in enumerate(rows) if number not in out]
+    kept = [row for number, row in enumerate(rows) if number not in out]
+    found.rows[part] = _of_other_groups(method, kept, held_out, found)
+
+
+def _of_other_groups(
+    method: FinetuneMethod, rows: list[Row], held_out: list[Row], found: Gathered
+) -> list[Row]:
+    """The rows without those of a group that is held out: the same prompt with another answer."""
+    places: dict[str, str] = {}
+    for row in held_out:
+        if group := plain(method.group_of(row.values)):
+            places.setdefault(group, row.place)
+    kept = []
+    for row in rows:
+        place = places.get(plain(method.group_of(row.values))) if places else None
+        if place is None:
+            kept.append(row)
+        else:
+            found.duplicates.append(f"{row.place}: asks the same as {place}.")
+    if len(kept) < len(rows):
+        counts = found.counts
+        counts["held_out_prompts"] = counts.get("held_out_prompts", 0) + len(rows) - len(kept)
+    return kept
 
 
 def _other(one: Duplicate, rows: list[Row], held_out: list[Row], avoided: int) -> Row | None:
@@ -163,9 +187,28 @@ def _is_text(text: str) -> bool:
     return len(text.split()) > 1 or len(text) >= LABEL_LENGTH
 
 
-def split_rows(rows: list[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """(the rest, `count` rows drawn by `seed`), both in their order."""
-    drawn = set(drawing_order(len(rows), seed)[:count])
+def split_rows(
+    rows: list[Row], groups: Sequence[str], count: int, seed: int
+) -> tuple[list[Row], list[Row]]:
+    """(the rest, about `count` rows drawn by `seed`), both in their order.
+
+    Rows of one group ("" is none) stay together: one that is drawn brings the others, unless so
+    many rows would be farther from `count` than without them. Where every group is too large for
+    that, the smallest is drawn. The rest is never empty for the sake of a group.
+    """
+    names = [group or f" {number}" for number, group in enumerate(groups)]  # none begins so
+    members: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        members.setdefault(name, []).append(number)
+    drawn = set[int]()
+    for number in drawing_order(len(rows), seed):
+        size = len(drawn) + len(members[names[number]])
+        nearer = abs(size - count) < abs(len(drawn) - count)
+        if number not in drawn and nearer and size < len(rows):
+            drawn.update(members[names[number]])
+    smallest = min(members.values(), key=len, default=[])
+    if not drawn and count and len(smallest) < len(rows):
+        drawn.update(smallest)
     rest = [row for number, row in enumerate(rows) if number not in drawn]
     return rest, [row for number, row in enumerate(rows) if number in drawn]
 
@@ -179,6 +222,12 @@ def tell(sentences: list[str], file: str, line: LiveLine) -> None:
         line.say(f"Left out: {sentence}")
     if len(sentences) > SHOWN:
         line.say(f"Left out: {len(sentences) - SHOWN:,} more, see {file}.")
+
+
+def unseen_sentence(part: str, count: int, wants: str) -> str:
+    """That rows of a part are not measured, since training never saw what they want."""
+    named = f"1 {part} row has" if count == 1 else f"{count:,} {part} rows have"
+    return f"{named} {wants} that training never saw: left out, so figures are of the others."
 
 
 def reason(bad: BadRows) -> str:

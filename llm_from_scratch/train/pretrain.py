@@ -147,7 +147,7 @@ class Pretraining:
 
     def prepare(
         self, config: PretrainConfig, folder: Path, line: LiveLine
-    ) -> tuple[PretrainConfig, dict[str, str]]:
+    ) -> tuple[PretrainConfig, dict[str, Any]]:
         # What can be known to be wrong comes out before the work.
         shape = resolve(config.model, config.tokenizer.vocab_size, config.data.seq_len)
         memory = memory_bytes(pick_device(config.train.device))
@@ -161,7 +161,7 @@ class Pretraining:
         if self.tune is not None:
             config = self.tune(config, self.prepared, line)
         self.prepared.documents = None  # the text is not needed while training
-        return config, self.prepared.hashes
+        return config, {"data_sha256": self.prepared.hashes}
 
     def reopen(self, config: PretrainConfig, folder: Path, line: LiveLine) -> None:
         self.prepared = reopen(folder)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llm_from_scratch.core.device import pick_device
 from llm_from_scratch.core.errors import UserError, nearest
+from llm_from_scratch.model.adapters import merged
 from llm_from_scratch.quant.calibrate import walk
 from llm_from_scratch.quant.prune import PATTERNS, keep_mask
 from llm_from_scratch.train.calibration import calibration_batches
@@ -73,6 +74,7 @@ def prune(
     check_out(out, source, "hf")
     report(f"Reading {model} ...")
     loaded, tokenizer = load(source, dtype=STORED, device="cpu")
+    loaded = merged(loaded)
     numbers = numbers or next(loaded.parameters()).dtype
     names = set(matrices(loaded))
     if pattern == "2:4":

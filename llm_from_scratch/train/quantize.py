@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llm_from_scratch.core.device import pick_device
 from llm_from_scratch.core.errors import UserError, nearest
+from llm_from_scratch.model.adapters import merged
 from llm_from_scratch.quant.calibrate import walk
 from llm_from_scratch.quant.gptq import quantize_gptq
 from llm_from_scratch.quant.nf4 import BLOCK, quantize_nf4
@@ -92,6 +93,7 @@ def quantize(
     check_out(out, source, "hf")
     report(f"Reading {model} ...")
     loaded, tokenizer = load(source, dtype=STORED, device="cpu")
+    loaded = merged(loaded)
     stored = next(loaded.parameters()).dtype
     numbers = numbers or (torch.bfloat16 if stored == torch.float32 else stored)
     if to != "nf4":

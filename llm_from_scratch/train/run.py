@@ -65,8 +65,8 @@ class Work(Protocol):
     preparation: tuple[str, ...]
     """What `prepare` leaves in the folder before config.yaml is there."""
 
-    def prepare(self, config: Any, folder: Path, line: LiveLine) -> tuple[Any, dict[str, str]]:
-        """A new run: (the settings as they are settled, SHA-256 of the data by name)."""
+    def prepare(self, config: Any, folder: Path, line: LiveLine) -> tuple[Any, dict[str, Any]]:
+        """A new run: (the settings as they are settled, hashes for environment.json by name)."""
 
     def reopen(self, config: Any, folder: Path, line: LiveLine) -> None:
         """A resumed run, or another process of a new one: take up what `prepare` left."""
@@ -164,7 +164,7 @@ def begin(work: Work, config: C, folder: Path, line: LiveLine) -> C:
     train = dataclasses.replace(config.train, warmup_steps=config.train.warmup)
     config = with_train(config, train)
     stored = with_train(config, dataclasses.replace(train, stop_after=None))
-    write_json(folder / "environment.json", {**environment(), "data_sha256": hashes})
+    write_json(folder / "environment.json", {**environment(), **hashes})
     with write_aside(folder / "config.yaml") as file:
         file.write(to_yaml(stored))
     return config

@@ -18,6 +18,12 @@ from llm_from_scratch.core.json_files import read_json_object
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 HEAD = "head.json"  # which head and labels belong to the adapter, which PEFT does not say
+# What it was trained with, beside it: a tokenizer with its chat template, and where texts end.
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.*", "vocab.json", "target_vocab.json", "merges.txt", "vocab.txt", "*.spm",
+    "*.model", "generation_config.json",
+)  # fmt: skip
 # Fields that say nothing about what is computed, or that the tensors say as well.
 UNUSED = {
     "auto_mapping": "how the base model's class is found",

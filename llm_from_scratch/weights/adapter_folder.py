@@ -1,7 +1,8 @@
-"""Where an adapter is, what it was made for, and which head belongs to it."""
+"""Where an adapter is, what it was made for, and which head and tokenizer belong to it."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +10,10 @@ from safetensors import SafetensorError, safe_open
 
 from llm_from_scratch.core.errors import UserError, shown
 from llm_from_scratch.core.json_files import read_json_object
+from llm_from_scratch.model.config import EncoderDecoderConfig
 from llm_from_scratch.model.heads import HEADS, PROBLEMS, Head
+from llm_from_scratch.text.files import has_tokenizer, read_config
+from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.weights.adapter_config import (
     HEAD,
     TASKS,
@@ -91,3 +95,28 @@ def with_problem(model: Model, about: AboutAdapter) -> None:
     """Let a head know what its labels are."""
     if isinstance(model, Head) and about.problem_type is not None:
         model.head_config = replace(model.head_config, problem_type=about.problem_type)
+
+
+def tokenizer_with(folder: Path, base: Tokenizer, model: Model) -> Tokenizer:
+    """The tokenizer with which the adapter in a folder was trained, for a model on its base.
+
+    PEFT's users keep it beside the adapter: its chat template may be another than the base's. Where
+    the folder says nothing, the base's counts; so it does where the vocabulary beside the adapter
+    is larger than the model's (a token to pad with, say, which no model ever reads), but for the
+    chat template and where texts end. Raises `UserError` for broken files.
+    """
+    config = model.config
+    rows = config.encoder.vocab_size if isinstance(config, EncoderDecoderConfig) else 0
+    own = Tokenizer.load(folder) if has_tokenizer(folder) else None
+    if own is not None and own.vocab_size <= (rows or config.vocab_size):
+        own.chat_template = own.chat_template or base.chat_template
+        own.extra_stop_ids |= base.extra_stop_ids
+        return own
+    template = read_config(folder).get("chat_template") if own is None else own.chat_template
+    if template is None:
+        return base
+    found = copy.copy(base)
+    found.config = {**base.config, "chat_template": template}
+    ends = set() if own is None else {i for i in own.stop_ids if i < base.vocab_size}
+    found.extra_stop_ids = base.extra_stop_ids | ends
+    return found

@@ -100,8 +100,9 @@ def attach(
         piece for module, found in parts.items()
         for piece in plan(module, found, layout, config, layers, heads_of(model.config), folder)
     ]  # fmt: skip
-    freeze_backbones(model)
-    put_whole(model, whole, layout, folder, alone)
+    fitting = fit_whole(model, whole, layout, folder, alone)
+    freeze_backbones(model)  # from here on nothing is refused
+    put_whole(fitting)
     device = next(model.parameters()).device
     for place, tensors_of, scale in planned:
         layer = wrap(model, place)
@@ -220,6 +221,11 @@ def plan(
                 "another model."
             )
     scale = config.scale(module, rank)
+    if table and config.stretched:
+        raise UserError(
+            f"{path}: the adapter of '{module}' is a DoRA of an embedding, which is not supported; "
+            "train it as LoRA, or merge it with PEFT (merge_and_unload) and load the result."
+        )
     if table:
         return [(places[0], dict(found), scale)]
     rows = replace(entry, layout="by_head" if entry.layout == "by_head" else "plain")
@@ -242,11 +248,12 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
     return any_layer.num_embeddings, any_layer.embedding_dim
 
 
-@torch.no_grad()
-def put_whole(
+def fit_whole(
     model: Model, whole: Mapping[str, Tensor], layout: Layout, folder: Path, alone: bool
-) -> None:
-    """Take over the layers that were trained as they are."""
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """The parameters of layers that were trained as they are, each with its values; without those
+    of layers that are the same in the base."""
+    found: list[tuple[nn.Parameter, Tensor]] = []
     for name, tensor in whole.items():
         entry, path = layout.entries[name], folder / TENSORS
         owners = [parameter_of(model, one) for one in entry.ours]
@@ -264,15 +271,24 @@ def put_whole(
                 "for another number of labels or tokens."
             )
         values = list(take_apart(tensor, entry, shapes, heads_of(model.config)))
-        same = all(torch.equal(p, v.to(p)) for p, v in zip(parameters, values, strict=True))
-        if not (alone or same):
+        pairs = list(zip(parameters, values, strict=True))
+        if all(torch.equal(p, v.to(p)) for p, v in pairs):
+            continue
+        if not alone:
             raise UserError(
                 f"{folder} brings the layer '{name}' as a whole, which would change the base for "
                 "all adapters; load it alone, or merge it into a model of its own."
             )
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.copy_(value)
-            parameter.requires_grad_(parameter.requires_grad or not same)
+        found += pairs
+    return found
+
+
+@torch.no_grad()
+def put_whole(fitting: list[tuple[nn.Parameter, Tensor]]) -> None:
+    """Take these values over; what they change goes on being trained."""
+    for parameter, values in fitting:
+        parameter.copy_(values)
+        parameter.requires_grad_(True)
 
 
 def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:

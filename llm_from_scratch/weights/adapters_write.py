@@ -21,12 +21,14 @@ from llm_from_scratch.model.encoder_decoder import EncoderDecoder
 from llm_from_scratch.model.heads import Head
 from llm_from_scratch.model.lora import layers_of, switch_of
 from llm_from_scratch.model.low_rank import Adapted, AdaptedEmbedding, LowRank
+from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.weights.adapter_config import (
     CONFIG,
     HEAD,
     KINDS,
     TASKS,
     TENSORS,
+    TOKENIZER,
     AdapterConfig,
     adapter_config_json,
 )
@@ -34,16 +36,20 @@ from llm_from_scratch.weights.adapters import ROOT, Layout, layout_of, parameter
 from llm_from_scratch.weights.assemble import Model
 from llm_from_scratch.weights.families import Entry
 from llm_from_scratch.weights.folder_checks import heads_of
+from llm_from_scratch.weights.generation_config import generation_config_json
 from llm_from_scratch.weights.layouts import put_together
 
 
 def save_adapter(
-    model: Model, folder: Path | str, base: str | None = None, name: str | None = None
-) -> None:
+    model: Model, folder: Path | str, base: str | None = None, name: str | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> None:  # fmt: skip
     """Write an adapter, and whatever was trained beside it, as a folder that PEFT loads.
 
     `base` is where the base model is: a folder, or a name that the reader knows. `name` None is
-    the adapter that acts. An earlier adapter in the folder is replaced; nothing else is.
+    the adapter that acts. The `tokenizer` with its chat template comes to lie beside it: whoever
+    loads the adapter speaks to it as it was spoken to in training. An earlier adapter in the folder
+    is replaced; nothing else is.
     """
     folder = Path(folder)
     switch = switch_of(model)
@@ -54,9 +60,9 @@ def save_adapter(
     }  # fmt: skip
     if not parts:
         raise UserError(f"The model has no adapter{f' {name!r}' if name else ''} to save.")
-    foreign = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    known = (CONFIG, TENSORS, HEAD, "README.md", "ner.safetensors")
-    foreign = [one for one in foreign if one not in known]
+    known = (CONFIG, TENSORS, HEAD, "README.md", "ner.safetensors", *TOKENIZER)
+    entries = folder.iterdir() if folder.is_dir() else ()
+    foreign = [one.name for one in entries if not any(one.match(name) for name in known)]
     if foreign:
         raise UserError(
             f"{folder} holds '{foreign[0]}', which is no part of an adapter; choose an empty or "
@@ -83,6 +89,11 @@ def save_adapter(
         if isinstance(model, Head):
             (aside / HEAD).write_text(json.dumps(head_json(model), indent=2, ensure_ascii=False))
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, aside / TENSORS)
+        if tokenizer is not None:
+            tokenizer.save(aside)
+            if isinstance(model, Decoder | EncoderDecoder):
+                ends = generation_config_json(model.config, tokenizer)
+                (aside / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
 
 
 def combined(

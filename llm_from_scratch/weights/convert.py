@@ -19,6 +19,9 @@ import torch
 from llm_from_scratch.core.errors import UserError, nearest
 from llm_from_scratch.core.files import ASIDE, explain_os_error, folder_aside
 from llm_from_scratch.core.json_files import read_json_object
+from llm_from_scratch.model.adapters import merged
+from llm_from_scratch.weights.adapter_config import is_adapter_folder
+from llm_from_scratch.weights.adapter_folder import about_adapter
 from llm_from_scratch.weights.catalogue import Report, to_stderr
 from llm_from_scratch.weights.describe import describe_folder
 from llm_from_scratch.weights.families import read_config
@@ -28,14 +31,15 @@ from llm_from_scratch.weights.gguf_save import KINDS, check_description, save_gg
 from llm_from_scratch.weights.pickles import pickle_files, write_safetensors
 from llm_from_scratch.weights.quantized_write import Codes
 from llm_from_scratch.weights.sentence_layout import MODULES
-from llm_from_scratch.weights.sources import DTYPES, STORED, load, locate
+from llm_from_scratch.weights.sources import DTYPES, STORED, base_of, load, locate
 
 FORMATS = ("hf", "gguf")
 HALVES = {"F16": "fp16", "BF16": "bf16"}
 AS_STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # What a model folder has beside config and weights, and keeps on its way into another folder.
-SIDE_FILES = (
-    "README.md", "LICENSE*", "vocab.txt", "vocab.json", "merges.txt", "*.spm", "*.model",
+CARD = "README.md"
+SIDE_FILES: tuple[str, ...] = (
+    CARD, "LICENSE*", "vocab.txt", "vocab.json", "merges.txt", "*.spm", "*.model",
     "special_tokens_map.json", "sentence_bert_config.json", "config_sentence_transformers.json",
     "1_Pooling/config.json",
 )  # fmt: skip
@@ -70,11 +74,13 @@ def convert(
 
     Args:
         model: anything that `load` takes; also a pickle such as pytorch_model.bin with its
-            config.json beside it, or a folder that has its weights as pickles only.
+            config.json beside it, or a folder that has its weights as pickles only. An adapter is
+            merged into its base.
         out: the folder or .gguf file. An earlier model there is replaced; nothing else is.
         kind: of a GGUF's matrices: F32, F16, BF16, Q8_0 or Q4_0. None: the stored precision.
         dtype: of a folder's weights: "fp32", "bf16" or "fp16". None: the stored precision.
-            Without either, what a GGUF has quantised becomes fp32.
+            Without either, what a GGUF has quantised becomes fp32, and so does a model with an
+            adapter in it: half precision would swallow most of the adapter's small changes.
 
     Raises `UserError` for what does not fit together, for a family that llama.cpp has no
     architecture for, and for a pickle that holds anything but tensors.
@@ -88,8 +94,9 @@ def convert(
         source = locate(model, pickles=True)
         pickles = pickle_files(source) if source.is_dir() else []
     check_out(out, source, to)
-    if to == "gguf" and source.is_dir() and is_model_folder(source):
-        told = describe_folder(source)
+    base = base_place(source)
+    if to == "gguf" and base.is_dir() and is_model_folder(base):
+        told = describe_folder(base)
         # What is in a pickle is not known yet: the head that config.json names may be missing.
         check_description(told.config, None if pickles else told.head)
     with ExitStack() as stack:
@@ -105,6 +112,9 @@ def convert(
             loaded, tokenizer = load(place, dtype=dtype or STORED, device="cpu")
         except UserError as error:
             raise UserError(str(error).replace(str(place), str(source))) from error
+        if base != source:
+            loaded = merged(loaded)
+            loaded = loaded if dtype is None else loaded.to(DTYPES[dtype])
         stored = next(loaded.parameters()).dtype
         report(f"Writing {out} ...")
         if to == "gguf":
@@ -121,6 +131,13 @@ def convert(
         parameters=sum(p.numel() for p in loaded.parameters()),
         bytes=sum(path.stat().st_size for path in files),
     )
+
+
+def base_place(source: Path) -> Path:
+    """Where the base of an adapter lies; of any other model the model itself."""
+    if not (source.is_dir() and is_adapter_folder(source)):
+        return source
+    return locate(base_of(about_adapter(source)))
 
 
 def _half_of(place: Path) -> str:
@@ -146,9 +163,10 @@ def _check(to: str, kind: str | None, dtype: str | None) -> None:
 
 def check_out(out: Path, source: Path, to: str) -> None:
     """Nothing but an earlier result is written over, and never what is being read."""
-    folder = source if source.is_dir() else source.parent
-    if out.resolve() in (source.resolve(), folder.resolve()):
-        raise UserError(f"{out} is where the model itself lies; choose another --out.")
+    for place in (source, base_place(source)):
+        folder = place if place.is_dir() else place.parent
+        if out.resolve() in (place.resolve(), folder.resolve()):
+            raise UserError(f"{out} is where the model itself lies; choose another --out.")
     if to == "hf":
         refuse_foreign_folder(out)
         return
@@ -198,15 +216,29 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 def save_with_sides(
     model: Any, tokenizer: Any, source: Path, out: Path, codes: Mapping[str, Codes] | None = None
 ) -> None:
-    """As `save_folder`, with what else the source has, such as a vocabulary's other files."""
-    generation: dict[str, Any] = {}
-    if (source / "generation_config.json").is_file():
-        generation = read_json_object(source / "generation_config.json")
+    """As `save_folder`, with what else the source has, such as a vocabulary's other files.
+
+    Where the source is an adapter, what its base has comes along, but for the cards of the two,
+    which speak of other models.
+    """
+    generation, patterns, base = _generation_of(source), SIDE_FILES, base_place(source)
+    if base != source:
+        ends = {name: value for name, value in generation.items() if name.endswith("_token_id")}
+        usual = _generation_of(base).items()
+        generation = {k: v for k, v in usual if not k.endswith("_token_id")} | ends
+        patterns = tuple(name for name in SIDE_FILES if name != CARD)
     with folder_aside(out) as aside:
         inner = aside / "model"
         save_folder(model, tokenizer, inner, generation, codes=codes)
         for path in list(inner.iterdir()):
             path.rename(aside / path.name)
         inner.rmdir()
-        if source.is_dir():
-            _copy(source, aside, SIDE_FILES)
+        for place in (source, base):
+            if place.is_dir():
+                _copy(place, aside, patterns)
+
+
+def _generation_of(folder: Path) -> dict[str, Any]:
+    """The content of a folder's generation_config.json, where there is one."""
+    path = folder / "generation_config.json"
+    return read_json_object(path) if path.is_file() else {}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llm_from_scratch.core.errors import UserError, nearest
+from llm_from_scratch.model.adapters import merged
 from llm_from_scratch.model.config import ModelConfig
 from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.encoder import Encoder
@@ -49,7 +50,7 @@ def save_gguf(
 
     Args:
         model: a decoder, or an encoder such as BERT (of which the pooler is left out); with the
-            head that makes embeddings, or without a head.
+            head that makes embeddings, or without a head. Adapters are merged.
         tokenizer: its vocabulary and chat template go into the file. None: the file has none.
         kind: the format of the matrices: F32, F16, BF16, Q8_0 or Q4_0. Vectors, and what is as
             small and sensitive, stay in F32; with Q4_0 the embedding and the head are Q8_0; rows
@@ -63,7 +64,7 @@ def save_gguf(
         raise UserError(
             f"There is no kind '{kind}'; use one of {', '.join(KINDS)}.{nearest(kind, KINDS)}"
         )
-    model, pooling = _without_head(unpacked(model))
+    model, pooling = _without_head(unpacked(merged(model)))
     path, config = Path(path), model.config
     check_vocabulary(config.vocab_size, tokenizer, path)
     table, values = architecture_of(config)

@@ -15,11 +15,12 @@ from llm_from_scratch.core.freed import give_back
 from llm_from_scratch.model.heads import Head
 from llm_from_scratch.model.presets import ModelSettings, resolve
 from llm_from_scratch.text.tokenizer import Tokenizer
-from llm_from_scratch.weights.adapter_config import is_adapter_folder
+from llm_from_scratch.weights.adapter_config import CONFIG, TENSORS, is_adapter_folder
 from llm_from_scratch.weights.adapter_folder import (
     AboutAdapter,
     about_adapter,
     find_adapter,
+    tokenizer_with,
     with_problem,
 )
 from llm_from_scratch.weights.adapters import attach
@@ -103,22 +104,27 @@ def _named(model: str | Path) -> tuple[str, Path]:
 
 
 def locate_description(model: str | Path, report: Report = to_stderr) -> Path:
-    """The config.json, .gguf file or run's config.yaml that says what MODEL is.
+    """The config.json, .gguf file or run's config.yaml that says what MODEL is; of an adapter its
+    adapter_config.json.
 
     Of a hub name nothing else is fetched. A run is described before it has a model or checkpoint.
     """
     _, path = _named(model)
     if path.is_dir():
         run = path.parent.parent if _is_checkpoint(path) else path
-        for name in ("config.json", "model/config.json", "config.yaml"):
+        for name in ("config.json", CONFIG, "model/config.json", "config.yaml"):
             if (run / name).is_file():
                 return run / name
     if path.is_file() and (path.name == "config.json" or path.suffix in (".yaml", ".yml")):
         return path
     if is_hub_name(model):
-        return _from_hub(str(model), ["config.json"]) / "config.json"
-    found = locate(model, report)
-    return found if found.is_file() else found / "config.json"
+        found = _from_hub(str(model), ["config.json", CONFIG, TENSORS])
+    else:
+        found = locate(model, report)
+    if found.is_dir():
+        adapter = is_adapter_folder(found) and not is_model_folder(found)
+        found /= CONFIG if adapter else "config.json"
+    return found
 
 
 def _inside(folder: Path) -> Path:
@@ -274,7 +280,7 @@ def load(
     Args:
         model: a model folder, a run folder, a .gguf file, a hub name `org/name`, a short name from
             `scratchlm models` (fetched on first use), or the folder of an adapter, which brings
-            the base that it was made for.
+            the base that it was made for, and the tokenizer where one lies beside it.
         dtype: the precision of the weights. None keeps what is stored, except that half precision
             becomes fp32 on a CPU that would be slower with it. Matrices in few bits (a GGUF, a
             quantised folder) stay so on a CPU and are computed with as they are; on a GPU, under
@@ -293,6 +299,12 @@ def load(
     if adapter is None and not (path.is_dir() and is_adapter_folder(path)):
         return _load_plain(model, path, dtype, device, head, labels, to_stderr)
     about = about_adapter(path if adapter is None else adapter_at(adapter))
+    if adapter is not None and path.is_dir() and is_adapter_folder(path):
+        raise UserError(
+            f"{model} is an adapter itself, and no other can be put around it: name its base as "
+            f"the model ({about_adapter(path).base or 'which it does not say'}), or merge it "
+            f"first: scratchlm convert {model} --to hf --out NEW"
+        )
     base = base_of(about) if adapter is None else model
     said: list[str] = []
     found, tokenizer = _load_plain(
@@ -303,7 +315,7 @@ def load(
     whole = attach(found, about.folder)
     for line in said if not whole else ():  # a head that the adapter did not bring
         to_stderr(line)
-    return found.eval(), tokenizer
+    return found.eval(), tokenizer_with(about.folder, tokenizer, found)
 
 
 def adapter_at(adapter: str | Path) -> Path:

@@ -48,6 +48,7 @@ def _texts(folder: Path) -> None:
     (folder / "table.csv").write_text("id,body\n1,words\n", "utf-8")
     (folder / "labels.csv").write_text("text,label\ngood words,good\nbad words,bad\n", "utf-8")
     (folder / "twice.csv").write_text("text,text\ngood,good\n", "utf-8")
+    (folder / "sources.csv").write_text("source,target\n,Rain in Osaka\n", "utf-8")
     (folder / "books.zip").write_bytes(b"PK\x03\x04 this is no archive")
     newer = io.BytesIO()
     with zipfile.ZipFile(newer, "w") as archive:

@@ -124,6 +124,8 @@ def test_rows_that_stay_are_written_whole(capsys: pytest.CaptureFixture[str]) ->
         "begins": "new words",
     }  # fmt: skip
     assert "pairs" not in printed([*words, "--show", "0"], capsys)
+    with pytest.raises(UserError, match=r"new\.jsonl already exists\. Choose another --out\."):
+        run([*words, "--out", "new.jsonl"])
 
 
 def test_documents_and_messages(capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,7 +132,9 @@ def test_of_a_hub_name_only_the_description_is_fetched(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert asked(["org/name", *SMALL], capsys)["family"] == "llama"
-    assert wanted == [("org/name", ["config.json"])]
+    assert wanted == [
+        ("org/name", ["config.json", "adapter_config.json", "adapter_model.safetensors"])
+    ]
 
 
 def test_weights_that_are_still_on_their_way(capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,6 +82,40 @@ def test_rows_of_a_file_are_measured(
         run(["predict", models["labels"], "--data", data, "--on_bad", "stop"])
 
 
+def test_rows_that_cannot_be_answered_are_left_out(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gaps = ["the [MASK] sat", "no gap", "the cat " * 60 + "[MASK]"]
+    missing = rows_file(tmp_path / "gaps.jsonl", [{"text": text} for text in gaps])
+    long = [{"text": "the cat"}, {"text": "the cat sat " * 60}, {"text": "she sang"}]
+    prompts = rows_file(tmp_path / "long.jsonl", long)
+    for model, data, options, kept, said in (
+        ("missing", missing, (), 1, ["2: has no gap for the model", "3: has 123 tokens, and its"]),
+        ("writer", prompts, ("--labels", "a,b"), 2, ["2: makes a prompt of "]),
+    ):
+        arguments = ("predict", models[model], "--data", data, *options)
+        out = tmp_path / f"{model}.jsonl"
+        assert run([*arguments, "--out", str(out)]) == 0
+        assert len(out.read_text(encoding="utf-8").splitlines()) == kept
+        left_out = capsys.readouterr().err
+        name = Path(data).name
+        assert all(f"{name}:{sentence}" in left_out for sentence in said), left_out
+        assert left_out.count("Left out: ") == len(said)
+        with pytest.raises(UserError, match=f"{name}:2: "):
+            run([*arguments, "--on_bad", "stop"])
+    alone = rows_file(tmp_path / "alone.jsonl", [{"text": "no gap"}])
+    with pytest.raises(UserError, match=r"\(the first reason: .*alone\.jsonl:1: has no gap.*\)\.$"):
+        run(["predict", models["missing"], "--data", alone])
+
+
+def test_no_file_is_written_over(models: dict[str, str], tmp_path: Path) -> None:
+    data = rows_file(tmp_path / "rows.jsonl", [{"text": "the cat"}])
+    for model in (models["labels"], "nowhere"):  # said before the model is looked for
+        with pytest.raises(UserError, match=r"rows\.jsonl already exists\. Choose another --out"):
+            run(["predict", model, "--data", data, "--out", data])
+    assert Path(data).read_text(encoding="utf-8") == '{"text": "the cat"}\n'
+
+
 def test_every_other_head(models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     row = asked(capsys, models["numbers"], "the cat sat", "--pair", "a mat")["predictions"][0]
     assert isinstance(row["value"], float) and row["pair"] == "a mat"
@@ -129,7 +163,7 @@ def test_bad_requests(models: dict[str, str], tmp_path: Path) -> None:
         ([models["plain"], "x"], "no head that labels texts"),
         ([models["vectors"], "x"], "makes vectors"),
         ([models["choices"], "x"], "give the choices"),
-        ([models["missing"], "x"], r"write \[MASK\] where one is missing"),
+        ([models["missing"], "x"], r"write \[MASK\] where a word is missing"),
         ([writer, "x", "--labels", "a"], "at least two"),
         ([writer, "x", "--labels", "a,b", "--template", "{text}"], r"\{label\} at its end"),
     ):
@@ -147,4 +181,7 @@ def test_figures_by_hand() -> None:
     chosen = [{"choice": 1}, {"choice": 0}]
     assert figures_of("choices", (), chosen, [1, 1]) == {"rows": 2, "accuracy": 0.5}
     assert figures_of("labels", ("a", "b"), [], []) == {}
+    said = [{"probabilities": {"a": 0.9, "b": 0.1}}] * 3
+    found = figures_of("labels", ("a", "b"), said, ["a", "c", None])
+    assert (found["rows"], found["unknown_labels"], found["accuracy"]) == (1, 1, 1.0)
     assert torch.is_grad_enabled()

@@ -118,6 +118,16 @@ def test_merge_is_part_by_part() -> None:
     assert base["a"] == {"x": 1, "y": 2}
 
 
+def test_a_value_in_place_of_a_part_is_not_hidden_by_flags() -> None:
+    with pytest.raises(UserError, match=r"^train must be a table of names and values\.$"):
+        merge({"train": 3}, {"train": {"max_steps": 5}})
+    with pytest.raises(UserError, match=r"^a\.b must be a table"):
+        merge({"a": {"b": ["c"]}}, {"a": {"b": {"d": 1}}})
+    # A part with nothing in it says nothing, with flags and without.
+    assert merge({"inner": None}, {"inner": {"steps": 5}}) == {"inner": {"steps": 5}}
+    assert from_dict(Outer, {"inner": None}) == Outer()
+
+
 def test_hyphens_and_underscores_mean_the_same() -> None:
     given_flags = ["--max-new-tokens=5", "--top_k", "3", "--", "--as-is"]
     assert normalise_flags(given_flags) == ["--max_new_tokens=5", "--top_k", "3", "--", "--as-is"]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import json
+import zipfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from llm_from_scratch.core.errors import UserError
-from llm_from_scratch.data.conll import is_conll, read_conll
+from llm_from_scratch.data.conll import read_conll, read_tagged
 from llm_from_scratch.data.records import BadRows, Row
 
 
@@ -21,14 +23,6 @@ def rows(path: Path, content: str | bytes) -> tuple[list[Row], list[str]]:
 
 def entities(row: Row) -> list[tuple[str, str]]:
     return [(row.values["text"][a:b], kind) for a, b, kind in row.values["entities"]]
-
-
-def test_names() -> None:
-    assert is_conll("a.conll")
-    assert is_conll("b/c.iob2.gz")
-    assert is_conll("x.BIO")
-    assert not is_conll("a.jsonl")
-    assert not is_conll("a.json.gz")
 
 
 @pytest.mark.parametrize(
@@ -102,6 +96,68 @@ def test_broken_sentences_are_named_and_left_out(
 def test_files_of_another_kind(content: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         rows(tmp_path / "a.conll", content)
+
+
+SENTENCE = "{}\tB-PER\nsang\tO\n"
+
+
+def tagged(path: Path) -> list[tuple[str, str]]:
+    """(where, text) of each row, the folder left out."""
+    bad = BadRows()
+    found = [(row.place, str(row.values["text"])) for row in read_tagged(path, bad)]
+    assert not bad.sentences
+    return [(place.removeprefix(f"{path}").lstrip("/!"), text) for place, text in found]
+
+
+def test_folders_and_archives_hold_sentences_and_tables(tmp_path: Path) -> None:
+    folder = tmp_path / "names"
+    (folder / "b").mkdir(parents=True)
+    (folder / "a.tsv").write_text("\n" + SENTENCE.format("Ada"))
+    (folder / "b" / "c.txt").write_text(SENTENCE.format("Bob").replace("\t", " "))
+    (folder / "d.iob2.gz").write_bytes(gzip.compress(SENTENCE.format("Cy").encode()))
+    row = {"text": "Di sang", "entities": [[0, 2, "PER"]]}
+    (folder / "e.jsonl").write_text(json.dumps(row) + "\n")
+    with zipfile.ZipFile(folder / "f.zip", "w") as archive:
+        archive.writestr("g.txt", SENTENCE.format("Ed"))
+        archive.writestr("LICENSE.txt", "You may do what you like.\nNo warranty.\n")
+    (folder / "README.txt").write_text("Names in songs, collected by hand.\n\nSee LICENSE.\n")
+    (folder / "notes.md").write_text("no rows\n")
+    (folder / "empty.txt").write_text("")
+    wanted = [
+        ("a.tsv:2", "Ada sang"), ("b/c.txt:1", "Bob sang"), ("d.iob2.gz:1", "Cy sang"),
+        ("e.jsonl:1", "Di sang"), ("f.zip!g.txt:1", "Ed sang"),
+    ]  # fmt: skip
+    assert tagged(folder) == wanted
+    assert tagged(folder / "f.zip") == [("g.txt:1", "Ed sang")]
+    assert tagged(folder / "b" / "c.txt") == [(":1", "Bob sang")]
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        # A table is no file of sentences, wherever it lies: named with its line.
+        ({"a.tsv": "text\tlabel\nAda sang\tx\n", "b.bio": SENTENCE}, r"a\.tsv:1: no column holds"),
+        ({"a.txt": "\nAda PER\nsang -\n", "b.bio": SENTENCE}, r"a\.txt:2: no column holds tags"),
+        ({"README.txt": "Names in songs.\n"}, r"README\.txt:1: no column holds tags"),
+        ({"notes.md": "x"}, r"no file in this folder ends in \.jsonl, .*\.conll, .* or \.txt"),
+    ],
+)
+def test_folders_without_sentences(files: dict[str, str], sentence: str, tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        list(read_tagged(tmp_path, BadRows()))
+
+
+def test_other_files(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text(SENTENCE)
+    with pytest.raises(UserError, match=r"its ending is none of \.jsonl, .*\.bio, .* and \.txt"):
+        list(read_tagged(tmp_path / "a.md", BadRows()))
+    with pytest.raises(UserError, match="does not exist"):
+        list(read_tagged(tmp_path / "none", BadRows()))
+    (tmp_path / "a.txt").write_text("Names in songs.\n")
+    with pytest.raises(UserError, match=r"a\.txt:1: no column holds tags"):
+        list(read_tagged(tmp_path / "a.txt", BadRows()))
 
 
 def test_no_such_file(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_labels_of_one_token_share_a_row(writer: Tiny) -> None:
     model, tokenizer = writer
     labels = [c for c in "abcdef" if len(tokenizer.encode(c)) == 1]
     asked = PromptClassifier(model, tokenizer, labels, (), PromptSettings("{text} = {label}"))
-    rows = asked._rows(Shot("1 2"), 0, 1)
+    rows = asked._rows(Shot("1 2"), 0)
     assert len(rows) == 1 or any(len(tail) > 1 for row in rows for tail in row.tails)
     got = asked.predict([Shot("1 2")])[0]
     assert sum(got) == pytest.approx(1)

@@ -147,12 +147,10 @@ def test_what_a_row_lacks_is_said() -> None:
     assert "'pattern'" in str(missing("regex", {}, nothing))
     assert missing("regex", {}, Finding(pattern="a")) is None
     for schema in ({"type": "nonsense"}, 3, "{", '"text"'):
-        with pytest.raises(UserError, match="cannot be used"):
-            missing("json", {"schema": schema}, nothing)
+        assert "cannot be used" in str(missing("json", {"schema": schema}, nothing))
     with pytest.raises(UserError, match="no regular expression"):
         Finding(pattern="(")
-    with pytest.raises(UserError, match="no regular expression"):
-        missing("regex", {"pattern": "("}, nothing)
+    assert "no regular expression" in str(missing("regex", {"pattern": "("}, nothing))
 
 
 def test_unknown_names_and_a_format_without_a_pattern() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from llm_from_scratch.core.errors import UserError
 from llm_from_scratch.generate.engine import Engine
@@ -13,9 +16,13 @@ from llm_from_scratch.generate.fast import KernelRunner
 from llm_from_scratch.generate.pages import Pages
 from llm_from_scratch.generate.requests import BASE, Request, Writer
 from llm_from_scratch.generate.sampling import SamplingSettings
-from llm_from_scratch.model.adapters import use_adapter
+from llm_from_scratch.generate.speculative import Draft, Lookup
+from llm_from_scratch.model.adapters import merged, use_adapter
+from llm_from_scratch.model.config import ExpertsConfig
 from llm_from_scratch.model.lora import LoraSettings, add_lora
+from llm_from_scratch.quant import kernels
 from llm_from_scratch.quant.base import pack_base
+from llm_from_scratch.weights.folder import load_folder
 from tests.generate.conftest import make_model
 from tests.generate.engines import Listening, answers, finish, said
 from tests.model.references_seq2seq import make_seq2seq
@@ -24,11 +31,19 @@ PROMPT = list(range(5, 45))
 SETTINGS = SamplingSettings(max_new_tokens=6, temperature=0.0)
 
 
-def adapt(model: Writer, size: float = 0.3) -> None:
-    for seed, name in enumerate(("first", "second")):
-        targets = ("q", "v", "down") if seed == 0 else ("k", "o", "up")
-        kind = "dora" if seed else "lora"
-        add_lora(model, LoraSettings(rank=3, alpha=9, kind=kind, targets=targets), seed, name)
+NAMES = ("first", "second")
+LINEAR = (("q", "v", "down"), ("k", "o", "up"))
+
+
+def adapt(
+    model: Writer, size: float = 0.3, targets: tuple[tuple[str, ...], ...] = LINEAR,
+    second: str = "dora",
+) -> None:  # fmt: skip
+    """Two adapters that change much, `first` and `second`, around these layers."""
+    for seed, name in enumerate(NAMES):
+        kind = second if seed else "lora"
+        lora = LoraSettings(rank=3, alpha=9, kind=kind, targets=targets[seed])
+        add_lora(model, lora, seed, name)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -97,18 +112,19 @@ def test_beams_and_several_texts(adapted: Writer) -> None:
             assert got == wanted[name]
 
 
-def test_an_encoder_reads_each_source_with_its_own(tmp_path: object) -> None:
-    from pathlib import Path
+def make_pair(family: str, folder: Path) -> Writer:
+    make_seq2seq(family).save_pretrained(folder / "base")
+    model, _ = load_folder(folder / "base", torch.float32)
+    return model  # type: ignore[return-value]
 
-    from llm_from_scratch.weights.folder import load_folder
 
-    make_seq2seq("t5").save_pretrained(Path(str(tmp_path)) / "base")
-    model, _ = load_folder(Path(str(tmp_path)) / "base", torch.float32)
-    adapt(model, 2.0)  # type: ignore[arg-type]
+def test_an_encoder_reads_each_source_with_its_own(tmp_path: Path) -> None:
+    model = make_pair("t5", tmp_path)
+    adapt(model, 2.0)
     prompt = list(range(5, 17))
-    wanted = {name: answers(model, asked(name, prompt))[0] for name in (BASE, "first", "second")}  # type: ignore[arg-type]
+    wanted = {name: answers(model, asked(name, prompt))[0] for name in (BASE, "first", "second")}
     assert len({tuple(tokens) for tokens, _ in wanted.values()}) > 1
-    engine = Engine(model, cache_tokens=1024)  # type: ignore[arg-type]
+    engine = Engine(model, cache_tokens=1024)
     numbers = {name: engine.submit(asked(name, prompt)) for name in ("second", "first", BASE)}
     found = finish(engine)
     assert {name: said(found[number, 0]) for name, number in numbers.items()} == wanted
@@ -152,3 +168,107 @@ def test_pages_forget_and_are_free_again() -> None:
     pages.release(first[0])  # type: ignore[arg-type]
     assert pages.available == 5 and pages.held == 0
     assert len({pages.take() for _ in range(5)}) == 5 and pages.take() is None
+
+
+# Layers of which the engine's passes could take one matrix for all rows, or that all rows share.
+UNUSUAL = {
+    "tied": (("embedding", "q"), ("head", "embedding")),
+    "gpt2": (("q", "v"), ("k", "positions")),
+    "mixture": (("router", "q"), ("router", "o")),
+    "t5": (("k", "up"), ("relative_bias", "q")),
+    "bart": (("positions", "v"), ("k", "up")),
+}
+
+
+@pytest.mark.parametrize("what", UNUSUAL)
+@pytest.mark.parametrize("lengths", [(12, 12, 12, 12), (12, 7, 9, 5)])
+def test_every_layer_knows_its_rows(what: str, lengths: tuple[int, ...], tmp_path: Path) -> None:
+    """Texts of one length and of several: positions are shared by all rows, or are not."""
+    if what in ("t5", "bart"):
+        model = make_pair(what, tmp_path)
+    elif what == "mixture":
+        experts = ExpertsConfig(n_experts=4, n_active=2, d_ff=20, layers=(0, 2))
+        model = make_model(max_seq_len=96, experts=experts)
+    else:
+        model = make_model("gpt2" if what == "gpt2" else "llama", max_seq_len=96)
+    adapt(model, 0.6, UNUSUAL[what], "lora")
+    names = ("first", BASE, "second", "first")
+    prompts = [list(range(5 + i, 5 + i + n)) for i, n in enumerate(lengths)]
+    requests = [asked(*pair) for pair in zip(names, prompts, strict=True)]
+    wanted = []
+    for name, request in zip(names, requests, strict=True):
+        use_adapter(model, name or None)
+        wanted.append(answers(merged(model), replace(request, adapter=None))[0])
+    engine = Engine(model, cache_tokens=1024)
+    numbers = [engine.submit(request) for request in requests]
+    found = finish(engine)
+    assert [said(found[number, 0]) for number in numbers] == wanted
+
+
+@pytest.mark.skipif(not kernels.available(), reason="there is no C++ compiler")
+def test_adapters_around_packed_blocks_alone() -> None:
+    """The blocks could go through the recorded kernels, but what is around them differs by row."""
+    model = make_model(d_model=64, head_dim=16, d_ff=128, max_seq_len=96)
+    pack_base(model, "int8")
+    assert isinstance(Engine(model, cache_tokens=96).runner, KernelRunner)
+    adapt(model, 0.6, (("head",), ("embedding",)), "lora")
+    assert len({tuple(solo(model, name)[0]) for name in (BASE, "first", "second")}) == 3
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_adapter_that_comes_later(packed: bool) -> None:
+    """What the engine has read before was read by the base alone."""
+    model = make_model(d_model=64, head_dim=16, d_ff=128, max_seq_len=96)
+    if packed:
+        pack_base(model, "int8")
+    engine = Engine(model, cache_tokens=1024)
+    first = engine.submit(asked(None))
+    before = said(finish(engine)[first, 0])
+    adapt(model)
+    numbers = {name: engine.submit(asked(name)) for name in ("second", BASE)}
+    found = finish(engine)
+    assert said(found[numbers[BASE], 0]) == before
+    assert said(found[numbers["second"], 0]) == solo(model, "second") != before
+
+
+def test_a_draft_uses_the_adapter_that_it_brings(adapted: Writer) -> None:
+    use_adapter(adapted, "first")
+    twin = merged(adapted, "first")  # nothing that the draft guesses is wrong
+    long = replace(asked(None), settings=replace(SETTINGS, max_new_tokens=24))
+    engine = Engine(twin, cache_tokens=256, proposer=Draft(adapted, most=5))  # type: ignore[arg-type]
+    listening = engine.runner = Listening(engine)  # type: ignore[assignment]
+    number = engine.submit(long)
+    assert said(finish(engine)[number, 0]) == answers(twin, long)[0]
+    assert listening.read <= len(PROMPT) + 24 + 5
+
+
+@hypothesis.settings(max_examples=25)
+@hypothesis.given(
+    asked_for=st.lists(
+        st.tuples(st.sampled_from([*NAMES, BASE]), st.integers(1, 3), st.integers(1, 20)),
+        min_size=2, max_size=6,
+    ),
+    room=st.sampled_from([80, 112, 512]),
+    chunk=st.sampled_from([3, 17, 512]),
+    guess=st.booleans(),
+)  # fmt: skip
+def test_company_changes_nothing(
+    adapted: Writer, asked_for: list[tuple[str, int, int]], room: int, chunk: int, guess: bool
+) -> None:
+    """Prompts with the same beginnings, little room (texts wait and begin again), long prompts in
+    pieces, guesses: each text is the one that its adapter writes alone."""
+    requests = [
+        asked(name, [*PROMPT[: 16 * shared], *range(60, 60 + own)])
+        for name, shared, own in asked_for
+    ]
+    proposer = Lookup(3) if guess else None
+    engine = Engine(adapted, cache_tokens=room, chunk=chunk, max_running=4, proposer=proposer)
+    numbers = [engine.submit(one) for one in requests[:-1]]
+    begun = engine.step()
+    numbers.append(engine.submit(requests[-1]))
+    found = finish(engine)
+    for new in reversed(begun):
+        found.setdefault((new.request, 0), []).insert(0, new)
+    for number, request in zip(numbers, requests, strict=True):
+        wanted = answers(adapted, request, reuse_prefixes=False)[0]
+        assert said(found[number, 0]) == wanted

@@ -207,6 +207,42 @@ def test_wrong_settings(settings: dict[str, object], said: str) -> None:
     assert said in str(caught.value)
 
 
+def test_a_layer_is_no_one_matrix_row_by_row() -> None:
+    model = make_decoder()
+    add_lora(model, LoraSettings(rank=4, targets=("q", "embedding")), 0)
+    switch = switch_of(model)
+    assert switch is not None
+    with rows_with(switch, ["default", None]):
+        for _, layer in adapted_layers(model):
+            for ask in (lambda part: part.weight, lambda part: part.dequantize()):
+                with pytest.raises(AssertionError, match="is no one matrix"):
+                    ask(layer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (LoraSettings(rank=4, kind="dora", targets=("q", "embedding")), "DoRA stretches the rows"),
+        (LoraSettings(rank=4, targets=("q", "querry")), "no layer of this model is called"),
+    ],
+)
+def test_what_is_refused_changes_nothing(settings: LoraSettings, said: str) -> None:
+    model = make_decoder()
+    with pytest.raises(UserError, match=said):
+        add_lora(model, settings, 0)
+    assert not adapted_layers(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_no_adapter_takes_the_place_of_another() -> None:
+    model = make_decoder()
+    add_lora(model, LoraSettings(rank=4), 0)
+    scramble(model)
+    before = model(TOKENS)
+    with pytest.raises(UserError, match="has an adapter 'default' already"):
+        add_lora(model, LoraSettings(rank=2), 1)
+    assert torch.equal(model(TOKENS), before)
+
+
 # --- a base in few bits ---------------------------------------------------------------------------
 
 

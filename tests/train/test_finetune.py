@@ -23,7 +23,7 @@ from llm_from_scratch.data.loader import IGNORED, Batch
 from llm_from_scratch.data.records import BadRow, Row
 from llm_from_scratch.evaluate.report import Section
 from llm_from_scratch.train.finetune import Finetuning, finetune, steps_meant
-from llm_from_scratch.train.finetune_rows import split_rows, texts_in
+from llm_from_scratch.train.finetune_rows import texts_in
 from llm_from_scratch.train.losses import LossSum, next_token_loss_sum
 from llm_from_scratch.train.methods.base import FinetuneConfig, FinetuneMethod, Outcome, tuned
 from llm_from_scratch.train.run import Run, carry_out
@@ -374,14 +374,6 @@ def test_a_model_that_is_not_there_is_said_first(tmp_path: Path) -> None:
         run(config(tmp_path, "no-such-model", {"paths": ["nowhere.jsonl"]}))
     with pytest.raises(UserError, match="No model was given"):
         run(config(tmp_path, "", {"paths": ["nowhere.jsonl"]}))
-
-
-def test_splits_are_drawn_by_the_seed_alone() -> None:
-    every = [Row({"n": n}, f"r:{n}") for n in range(50)]
-    rest, drawn = split_rows(every, 10, seed=3)
-    assert sorted([*rest, *drawn], key=lambda row: row.values["n"]) == every
-    assert len(drawn) == 10 and drawn == sorted(drawn, key=lambda row: row.values["n"])
-    assert split_rows(every, 10, seed=3)[1] == drawn != split_rows(every, 10, seed=4)[1]
 
 
 def test_settings_of_another_method_are_refused(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ from llm_from_scratch.evaluate.verifiers import RULES, numbers_in
 from llm_from_scratch.generate.generate import generate
 from llm_from_scratch.model.adapters import without_adapters
 from llm_from_scratch.model.decoder import Decoder
-from llm_from_scratch.model.lora import add_lora
+from llm_from_scratch.model.lora import LoraSettings, add_lora
 from llm_from_scratch.model.presets import ModelSettings, resolve
+from llm_from_scratch.text.chat_template import TEMPLATES
 from llm_from_scratch.text.training import train_tokenizer
 from llm_from_scratch.train.finetune import finetune
 from llm_from_scratch.train.loop import Loop
@@ -428,6 +429,12 @@ def test_other_fields_and_a_template(start: str, tmp_path: Path) -> None:
     assert row == {"prompt": "1+1", "answer": "= 2"}
     chat = method.tokenizer.decode(method.encode(row).ids)
     assert chat != "1+1" and "1+1" in chat
+    # Whoever asks the finished model asks as it was asked, and it ends where it learnt to.
+    assert method.tokenizer.chat_template == TEMPLATES["plain"]
+    stopping = Grpo(from_dict(GrpoConfig, {"model": start, "grpo": {"stop": ["7"]}}))
+    stopping.open()
+    (seven,) = stopping.tokenizer.encode("7")
+    assert seven in stopping.tokenizer.stop_ids and seven in stopping.end_ids
     bare = Grpo(from_dict(GrpoConfig, {"model": start, "grpo": {"max_new_tokens": 9}}))
     bare.open()
     assert bare.tokenizer.decode(bare.encode({"prompt": "1+1"}).ids) == "1+1"
@@ -484,6 +491,49 @@ def test_adapters_are_their_own_reference(start: str, tmp_path: Path, kind: str)
     result = method.step(model, made_rollout.batch(range(8)))
     result.loss_sum.backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_an_adapter_that_is_trained_on_is_compared_with_its_beginning(
+    start: str, tmp_path: Path
+) -> None:
+    method = Grpo(config(start, tmp_path, grpo={"kl": 0.5, "repeats": 2}))
+    model = method.open()
+    assert isinstance(model, Decoder)
+    add_lora(model, LoraSettings(rank=4), 1)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.endswith(".b"):
+            torch.nn.init.normal_(parameter, std=0.3)  # it has learnt something before
+    before = method.logprobs(model, rollout(model))
+    method.prepare(model, {}, tmp_path, LiveLine(quiet=True))
+    assert method.reference is not None
+    assert method.reference.embedding.weight is model.embedding.weight  # what is frozen is shared
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    assert (method.logprobs(model, rollout(model)) - before).abs().max() > 1e-3
+    torch.testing.assert_close(method.logprobs(method.reference, rollout(model)), before)
+
+
+def test_nothing_is_dropped(start: str, tmp_path: Path) -> None:
+    """Likelihoods are compared with those of the model that wrote, which dropped nothing."""
+    with pytest.raises(UserError, match=r"lora\.dropout is 0\.1; grpo compares exact likelihoods"):
+        config(start, tmp_path, lora={"rank": 2, "dropout": 0.1})
+    method = Grpo(config(start, tmp_path, grpo={"repeats": 2}))
+    model = method.open()
+    assert isinstance(model, Decoder)
+    parts: list[Any] = list(model.modules())
+    for part in parts:
+        if hasattr(part, "config"):
+            part.config = dataclasses.replace(part.config, dropout=0.5)
+        if hasattr(part, "dropout"):
+            part.dropout = 0.5
+    items = [method.encode({"prompt": f"{i}+1=", "answer": str(i)}) for i in range(4)]
+    method.prepare(model, {"train": items}, tmp_path, LiveLine(quiet=True))
+    made = method.play(0, items)
+    model.train()
+    found = method.step(model, made.batch(range(8)))
+    assert model.training and float(found.metrics["kl"]) == pytest.approx(0, abs=1e-5)
+    assert float(found.metrics["clip_fraction"]) == 0
 
 
 def test_a_run_with_an_adapter(start: str, tmp_path: Path) -> None:

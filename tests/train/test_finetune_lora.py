@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_from_scratch.core.config import from_dict, merge
 from llm_from_scratch.core.errors import UserError
@@ -19,11 +19,14 @@ from llm_from_scratch.model.decoder import Decoder
 from llm_from_scratch.model.lora import KINDS, LoraSettings, add_lora
 from llm_from_scratch.model.presets import ModelSettings, resolve
 from llm_from_scratch.quant.base import pack_base
+from llm_from_scratch.text.chat_template import TEMPLATES
+from llm_from_scratch.train.account import account
 from llm_from_scratch.train.finetune import finetune
 from llm_from_scratch.train.loop import Loop
 from llm_from_scratch.train.methods.sft import SftConfig
 from llm_from_scratch.train.pretrain import NextToken
 from llm_from_scratch.train.settings import TrainSettings
+from llm_from_scratch.weights.adapter_config import CONFIG, TENSORS
 from llm_from_scratch.weights.folder import save_folder
 from llm_from_scratch.weights.sources import load
 from tests.train.helpers import RaggedSource, tiny_model
@@ -102,6 +105,40 @@ def test_resumed_is_straight(base: str, data: Path, tmp_path: Path, lora: dict[s
     )
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_the_adapter_brings_the_template(base: str, data: Path, tmp_path: Path) -> None:
+    finetune("sft", made(base, tmp_path / "run", data, train={"max_steps": 2}), quiet=True)
+    assert load(base, device="cpu")[1].chat_template != TEMPLATES["alpaca"]
+    for place, more in (("run/model", None), ("run/adapter", None), (base, tmp_path / "run")):
+        _, tokenizer = load(tmp_path / place, adapter=more, device="cpu")
+        assert tokenizer.chat_template == TEMPLATES["alpaca"]
+    # And `info` knows what such a run has made.
+    told = {name: account(str(tmp_path / name)) for name in ("run", "run/adapter")}
+    assert told["run"]["adapter"] is None and told["run/adapter"]["adapter"]["rank"] == 4
+    assert told["run"]["parameters"] == told["run/adapter"]["parameters"]
+    own = AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")
+    assert own.chat_template == TEMPLATES["alpaca"]
+
+
+def test_an_adapter_is_trained_on_but_not_replaced(base: str, data: Path, tmp_path: Path) -> None:
+    short = {"max_steps": 2}
+    finetune("sft", made(base, tmp_path / "a", data, train=short), quiet=True)
+    adapter = str(tmp_path / "a" / "adapter")
+    with pytest.raises(UserError, match="has an adapter 'default' already"):
+        finetune("sft", made(adapter, tmp_path / "b", data, train=short), quiet=True)
+    more = made(adapter, tmp_path / "c", data, train=short, lora={"rank": 0, "dropout": 0.0})
+    summary = finetune("sft", more, quiet=True).summary
+    assert summary["trainable_parameters"] < summary["parameters"] / 3
+    first, second = (load_file(tmp_path / run / "adapter" / TENSORS) for run in "ac")
+    assert first.keys() == second.keys()
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    described = json.loads((tmp_path / "c" / "adapter" / CONFIG).read_text())
+    assert described["base_model_name_or_path"] == str(Path(base).resolve())
+    whole, tokenizer = load(tmp_path / "c", device="cpu")
+    apart, _ = load(tmp_path / "c" / "adapter", device="cpu")
+    tokens = torch.tensor([tokenizer.encode("good film one two")])
+    torch.testing.assert_close(apart(tokens), whole(tokens), rtol=0, atol=1e-5)
 
 
 def test_a_base_in_few_bits(base: str, data: Path, tmp_path: Path) -> None:

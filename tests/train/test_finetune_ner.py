@@ -299,6 +299,9 @@ def test_units_are_words_where_rows_say_so(folders: dict[str, str], tmp_path: Pa
     rows = list(method.read(str(path), BadRows()))
     method.learn(rows)
     assert method.unit == "word"
+    path.rename(tmp_path / "a.tsv")  # in a folder, and called like a table
+    found = list(method.read(str(tmp_path), BadRows()))
+    assert [row.values for row in found] == [row.values for row in rows]
     mixed = Ner(config(folders["encoder"], str(path), tmp_path / "run"))
     mixed.learn([*rows, Row({"text": "x", "entities": []}, "x:1")])
     assert mixed.unit == "token"

@@ -13,6 +13,7 @@ from transformers import AutoModelForMaskedLM
 
 from llm_from_scratch.core.config import from_dict, merge
 from llm_from_scratch.core.errors import UserError
+from llm_from_scratch.data.records import BadRows
 from llm_from_scratch.text.tokenizer import Tokenizer
 from llm_from_scratch.train.finetune import finetune
 from llm_from_scratch.train.masking import Masking, goes_on, masking_for
@@ -241,6 +242,24 @@ def test_passages() -> None:
     assert max(map(len, parts)) <= 201
     assert passages("x" * 500, 200) == ["x" * 500]
     assert passages("a\n" + "x" * 500 + "\nb", 200) == ["a", "x" * 500, "b"]
+
+
+def test_tables_without_a_header(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text("ham\tthe cat sat\nspam\ta mat\tmore\nalone\n", encoding="utf-8")
+
+    def read(columns: list[str], **settings: str) -> tuple[list[str], list[str]]:
+        values = {"data": {"columns": columns}, "mlm": settings}
+        bad = BadRows()
+        found = list(Mlm(from_dict(MlmConfig, values)).read(str(path), bad))
+        return [row.values["text"] for row in found], bad.sentences
+
+    texts, bad = read(["label", "text"])
+    assert texts == ["the cat sat", "a mat"]
+    assert bad == [f"{path}:3: has 1 columns, 'text' is number 2."]
+    assert read(["words", "said"], text_field="words")[0] == ["ham", "spam", "alone"]
+    with pytest.raises(UserError, match=r"--data\.columns names no 'text' but label, texts"):
+        read(["label", "texts"])
 
 
 def test_models_that_cannot(tmp_path: Path) -> None:

@@ -374,6 +374,33 @@ def test_nothing_is_changed_by_an_adapter_that_is_refused(
     assert not adapter_names(ours) and all(p.requires_grad for p in ours.parameters())
 
 
+def test_a_dora_of_an_embedding_changes_nothing(tmp_path: Path) -> None:
+    _, base, adapter = adapt_theirs(
+        "llama", tmp_path, use_dora=True, target_modules=["q_proj", "embed_tokens"]
+    )
+    ours = load_ours(base)
+    before = logits_of(ours, "llama")
+    with pytest.raises(UserError, match=r"of 'model\.embed_tokens' is a DoRA of an embedding"):
+        attach(ours, adapter)
+    assert not adapter_names(ours) and all(p.requires_grad for p in ours.parameters())
+    assert torch.equal(logits_of(ours, "llama"), before)
+
+
+def test_layers_trained_whole_fit_all_or_none(tmp_path: Path) -> None:
+    _, base, adapter = adapt_theirs("llama", tmp_path, modules_to_save=["embed_tokens", "lm_head"])
+    tensors = load_file(adapter / TENSORS)
+    whole = [name for name in tensors if "lora" not in name]
+    assert len(whole) == 2
+    tensors[whole[0]] = tensors[whole[0]] + 1
+    tensors[whole[1]] = torch.zeros(3, 5)
+    save_file(tensors, adapter / TENSORS)
+    ours = load_ours(base)
+    before = logits_of(ours, "llama")
+    with pytest.raises(UserError, match=r"has the shape \(3, 5\)"):
+        attach(ours, adapter)
+    assert torch.equal(logits_of(ours, "llama"), before) and not adapter_names(ours)
+
+
 def test_another_folder_is_left_alone(stored: tuple[Path, Path], tmp_path: Path) -> None:
     ours = load_ours(*stored)
     (tmp_path / "mine").mkdir()

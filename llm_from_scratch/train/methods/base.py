@@ -3,6 +3,7 @@
 A method is a class. `train/finetune.py` asks it, in this order:
 
     read -> check -> text_of          rows of files become rows of one shape, known by their text
+    group_of                          which rows must not be divided
     learn                             what the training rows say: labels, say
     open                              the model, with the head that the method needs
     encode -> collate -> step         a row becomes an item, items a batch, a batch a loss
@@ -139,6 +140,7 @@ class FinetuneMethod:
     Config: ClassVar[type[FinetuneConfig]] = FinetuneConfig
     pipeline: ClassVar[str] = "text-generation"  # what the model card calls the result
     shows_before: ClassVar[bool] = False  # whether the untrained model is evaluated as well
+    wants: ClassVar[str] = "labels"  # what `check_against` looks for, in the plural
 
     def __init__(self, config: FinetuneConfig) -> None:
         self.config = config
@@ -157,6 +159,10 @@ class FinetuneMethod:
     def text_of(self, values: dict[str, Any]) -> str:
         """The text by which near-duplicates of a checked row are found."""
         raise NotImplementedError
+
+    def group_of(self, values: dict[str, Any]) -> str:
+        """The text that rows of one group share: a group lands in one part, whole."""
+        return self.text_of(values)
 
     def label_of(self, values: dict[str, Any]) -> Any:
         """What a checked row wants, by which rows of the same text may contradict each other."""

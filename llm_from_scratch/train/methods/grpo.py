@@ -31,8 +31,9 @@ from llm_from_scratch.evaluate.verified import (
 )
 from llm_from_scratch.evaluate.verifiers import Finding, make_verifiers, missing, score
 from llm_from_scratch.generate.generate import encode_prompt
-from llm_from_scratch.model.adapters import adapter_names, without_adapters
+from llm_from_scratch.model.adapters import changes_nothing, without_adapters
 from llm_from_scratch.model.decoder import Decoder
+from llm_from_scratch.text.answer_ends import chosen_template
 from llm_from_scratch.text.chat import encode_chat_prompt
 from llm_from_scratch.train.examples import Examples
 from llm_from_scratch.train.logprobs import token_logprobs, token_logprobs_and_entropy
@@ -148,6 +149,11 @@ class GrpoConfig(FinetuneConfig):
     train: TrainSettings = field(default_factory=train_settings)
 
     def __post_init__(self) -> None:
+        if self.lora.dropout:
+            raise UserError(
+                f"lora.dropout is {self.lora.dropout}; grpo compares exact likelihoods and drops "
+                "nothing: leave it at 0."
+            )
         rollout = self.train.batch_size * self.grpo.steps_per_rollout
         if rollout % self.grpo.group_size:
             raise UserError(
@@ -179,7 +185,7 @@ class Grpo(FinetuneMethod):
         self.verifiers = make_verifiers(g.rewards, self.finding)
         self.weights = dict(zip(g.rewards, g.weights or (1.0,) * len(g.rewards), strict=True))
         self.model: Decoder
-        self.reference: Decoder | None = None  # a model with adapters is its own, without them
+        self.reference: Decoder | None = None  # one with fresh adapters is its own, without them
 
     # --- rows --------------------------------------------------------------------------------
 
@@ -216,7 +222,10 @@ class Grpo(FinetuneMethod):
                 f"{self.config.model} is no decoder; grpo needs a model that goes on writing."
             )
         self.context = model.config.max_seq_len
-        self.end_ids = frozenset(self.tokenizer.stop_ids) | {self._end(s) for s in self.g.stop}
+        if self.g.template not in (None, "none"):  # the model is saved with the one it learnt in
+            self.tokenizer.chat_template = chosen_template(self.g.template, self.tokenizer)
+        self.tokenizer.extra_stop_ids |= {self._end(text) for text in self.g.stop}
+        self.end_ids = frozenset(self.tokenizer.stop_ids)
         if not self.end_ids:
             raise UserError(
                 "The tokenizer has no token that ends a text; name one with --grpo.stop."
@@ -232,16 +241,14 @@ class Grpo(FinetuneMethod):
         return ids[0]
 
     def encode(self, values: dict[str, Any]) -> Prompt:
-        prompt, template = values["prompt"], self.g.template
-        bare = template == "none" or (template is None and not self.tokenizer.chat_template)
+        prompt = values["prompt"]
+        bare = self.g.template == "none" or not self.tokenizer.chat_template
         if isinstance(prompt, str) and bare:
             ids = encode_prompt(self.tokenizer, prompt)
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             try:
-                ids = encode_chat_prompt(
-                    self.tokenizer, messages, template=None if template == "none" else template
-                )
+                ids = encode_chat_prompt(self.tokenizer, messages)
             except UserError as error:
                 raise BadRow(f"cannot be read: {error}") from error
         limit = min(self.context - self.g.max_new_tokens, self.config.data.max_length or 2**62)
@@ -257,8 +264,9 @@ class Grpo(FinetuneMethod):
     ) -> None:
         assert isinstance(model, Decoder)
         self.model, self.folder, self.line = model, folder, line
-        if self.g.kl and not adapter_names(model):
-            self.reference = copy.deepcopy(model).eval().requires_grad_(False)
+        if self.g.kl and not changes_nothing(model):
+            frozen: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+            self.reference = copy.deepcopy(model, frozen).eval().requires_grad_(False)
 
     # --- writing -----------------------------------------------------------------------------
 
@@ -347,9 +355,14 @@ class Grpo(FinetuneMethod):
     def step(self, model: nn.Module, batch: PolicyBatch) -> LossSum:
         assert isinstance(model, Decoder)
         g, written = self.g, batch.targets != IGNORED
-        logprobs, entropy = token_logprobs_and_entropy(
-            model, model.hidden(batch.tokens), batch.targets, temperature=g.temperature
-        )
+        training = model.training
+        model.eval()  # no dropout: likelihoods are compared with those of the model that wrote
+        try:
+            logprobs, entropy = token_logprobs_and_entropy(
+                model, model.hidden(batch.tokens), batch.targets, temperature=g.temperature
+            )
+        finally:
+            model.train(training)
         sums = policy_sums(
             logprobs, logprobs.detach() if batch.old is None else batch.old, batch.reference,
             batch.advantages, batch.weights, written,

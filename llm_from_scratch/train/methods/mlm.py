@@ -115,11 +115,11 @@ class Mlm(FinetuneMethod):
 
     def read(self, path: str, bad: BadRows) -> Iterator[Row]:
         """Documents; long ones in passages, so that they can be divided."""
-        report = ReadReport()
-        settings = self.config
+        report, data = ReadReport(), self.config.data
         documents = read_documents(
-            [path], on_bad=settings.data.on_bad, report=report, text_field=settings.mlm.text_field
-        )
+            [path], on_bad=data.on_bad, report=report, text_field=self.config.mlm.text_field,
+            columns=data.columns,
+        )  # fmt: skip
         for document in documents:
             parts = passages(document.text)
             for number, part in enumerate(parts, start=1):

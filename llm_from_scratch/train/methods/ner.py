@@ -22,10 +22,10 @@ from llm_from_scratch.core.errors import UserError, nearest
 from llm_from_scratch.core.json_files import read_json_object
 from llm_from_scratch.core.runlog import LiveLine
 from llm_from_scratch.data.bio import Span, labels_of, spans_of, tags_of
-from llm_from_scratch.data.conll import is_conll, read_conll
+from llm_from_scratch.data.conll import read_tagged
 from llm_from_scratch.data.entities import entity_row
 from llm_from_scratch.data.loader import IGNORED
-from llm_from_scratch.data.records import BadRow, BadRows, Row, read_rows
+from llm_from_scratch.data.records import BadRow, BadRows, Row
 from llm_from_scratch.evaluate.ner import figures, marked, score_spans, sections
 from llm_from_scratch.evaluate.report import Section
 from llm_from_scratch.evaluate.report_parts import counts_section
@@ -116,6 +116,7 @@ class Ner(FinetuneMethod):
     config: NerConfig
     pipeline = "token-classification"
     shows_before = True
+    wants = "types"
 
     def __init__(self, config: FinetuneConfig) -> None:
         super().__init__(config)
@@ -129,9 +130,7 @@ class Ner(FinetuneMethod):
     # --- rows --------------------------------------------------------------------------------
 
     def read(self, path: str, bad: BadRows) -> Iterator[Row]:
-        if is_conll(path):
-            return read_conll(path, bad)
-        return read_rows(path, bad, self.config.data.columns)
+        return read_tagged(path, bad, self.config.data.columns)
 
     def check(self, values: dict[str, Any]) -> dict[str, Any]:
         return entity_row(values, self.settings.text_field, self.settings.entities_field)

@@ -109,7 +109,11 @@ class Sft(FinetuneMethod):
         return conversation_of(values)
 
     def text_of(self, values: dict[str, Any]) -> str:
-        return "\n".join(message["content"] or "" for message in values["messages"])
+        return text_of_messages(values["messages"])
+
+    def group_of(self, values: dict[str, Any]) -> str:
+        """What is asked: a prompt of the test with another answer is no new prompt."""
+        return text_of_messages(values["messages"][:-1])
 
     def learn(self, rows: Sequence[Row]) -> None:
         s = self.config.sft
@@ -269,6 +273,11 @@ class Sft(FinetuneMethod):
             )
             for (row, _), result in zip(asked, results, strict=True)
         ]  # fmt: skip
+
+
+def text_of_messages(messages: Sequence[dict[str, Any]]) -> str:
+    """What is said, whoever says it."""
+    return "\n".join(message["content"] or "" for message in messages)
 
 
 def _is_here(metric: str, language: str) -> bool:
