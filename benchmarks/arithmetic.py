@@ -216,6 +216,10 @@ def draw(runs: Sequence[dict[str, Any]], folder: Path) -> None:
             for place, run in enumerate(runs):
                 steps, values = zip(*run["curves"][figure_name], strict=True)
                 axis.plot(steps, values, lw=1.1, color=f"C{place}", label=f"seed {run['seed']}")
+            values = sorted(value for run in runs for _, value in run["curves"][figure_name])
+            usual = values[int(0.995 * len(values)) - 1]
+            if values[-1] > 3 * usual > 0:  # a single spike would flatten everything else
+                axis.set_ylim(min(0, values[0]) - 0.05 * usual, 1.2 * usual)
             axis.set_title(title, fontsize=9)
             axis.tick_params(labelsize=8)
             axis.grid(alpha=0.3)

@@ -18,6 +18,7 @@ from llm_from_scratch.core.files import write_aside
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PLACES = ("--work", "--keep", "--images", "--out")  # flags that name one
 
 # Public sources of the files that the benchmarks read (owner/name on GitHub, path there).
 SOURCES = {
@@ -115,12 +116,14 @@ def sha256(path: Path) -> str:
 
 
 def shared_arguments() -> list[str]:
-    """The command's arguments without `--work DIR`, which is a place on one machine."""
+    """The command's arguments without folders and files, which are places on one machine."""
     found = list(sys.argv[1:])
-    if "--work" in found:
-        place = found.index("--work")
-        del found[place : place + 2]
-    return [argument for argument in found if not argument.startswith("--work=")]
+    for flag in PLACES:
+        if flag in found:
+            place = found.index(flag)
+            del found[place : place + 2]
+        found = [argument for argument in found if not argument.startswith(f"{flag}=")]
+    return found
 
 
 def record(out: Path, results: dict[str, Any], files: list[str], peers: list[str]) -> None:
