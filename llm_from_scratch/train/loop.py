@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from llm_from_scratch.core.device import gemm_rate, rng_state, set_rng_state, synchronise
 from llm_from_scratch.core.errors import RunError, UserError
 from llm_from_scratch.core.files import remove_asides
-from llm_from_scratch.core.freed import return_large
 from llm_from_scratch.core.runlog import LiveLine, RunLog, clock
 from llm_from_scratch.train.checkpoint import load_checkpoint, save_checkpoint, step_folders
 from llm_from_scratch.train.losses import LossSum, Sums
@@ -47,9 +46,6 @@ from llm_from_scratch.train.parallel import (
 )
 from llm_from_scratch.train.schedule import learning_rate_share
 from llm_from_scratch.train.settings import TrainSettings
-
-HEAVY = 256 << 20  # from so many bytes of weights on, holes in the heap are worth avoiding
-
 
 class Source(Protocol):
     """Training data by number: the same numbers always give the same sequences."""
@@ -139,8 +135,6 @@ class Loop:
         hooks: Hooks | None = None,
         quiet: bool = False,
     ) -> None:
-        if device.type == "cpu" and sum(p.nbytes for p in model.parameters()) >= HEAVY:
-            return_large()
         self.model = model
         self.method = method
         self.source = source
