@@ -6,7 +6,6 @@ import contextlib
 import sys
 
 
-
 def give_back() -> None:
     """Return what was freed in small pieces to the system.
 
