@@ -156,7 +156,7 @@ TASKS: dict[str, Task] = {
     ),
     "WNUT17": Task(
         "wnut17", "ner", "all-mpnet-base-v2",
-        {"train": {"epochs": 2, "batch_size": 32, "learning_rate": 1e-4, "keep_best": False}},
+        {"train": {"epochs": 2, "learning_rate": 1e-4, "eval_every": 200, "keep_best": False}},
         ("test_f1", "test_precision", "test_recall"), None,
         "0.419 (best of the shared task)",
     ),
