@@ -47,6 +47,7 @@ from llm_from_scratch.train.parallel import (
 from llm_from_scratch.train.schedule import learning_rate_share
 from llm_from_scratch.train.settings import TrainSettings
 
+
 class Source(Protocol):
     """Training data by number: the same numbers always give the same sequences."""
 
