@@ -214,7 +214,7 @@ TASKS: dict[str, Task] = {
                 "warmup_steps": 5, "eval_every": 20,
             },
             "lora": {"rank": 16},
-            "dpo": {"sft_weight": 0.2, "max_new_tokens": 64},
+            "dpo": {"sft_weight": 1.0, "max_new_tokens": 64},
         },
         (
             "test_reward_accuracy", "test_chosen_logprob_per_token",
