@@ -210,8 +210,8 @@ TASKS: dict[str, Task] = {
         "preferences", "dpo", "",
         {
             "train": {
-                "epochs": None, "max_steps": 80, "batch_size": 8, "learning_rate": 1e-4,
-                "warmup_steps": 5, "eval_every": 20,
+                "epochs": None, "max_steps": 160, "batch_size": 8, "learning_rate": 2e-4,
+                "warmup_steps": 5, "eval_every": 40,
             },
             "lora": {"rank": 16},
             "dpo": {"sft_weight": 1.0, "max_new_tokens": 64},
