@@ -35,9 +35,6 @@ SOURCES = {
     "sms-spam/SMSSpamCollection.tsv": (
         "krishnaik06/Huggingfacetransformer: SMSSpamCollection (UCI SMS Spam Collection)"
     ),
-    "ag-news/test_first6000.csv": (
-        "mhjabreel/CharCnn_Keras: data/ag_news_csv/test.csv (its first 6,000 rows)"
-    ),
     "sst2/train.tsv": "clairett/pytorch-sentiment-classification: data/SST2/train.tsv",
     "sst2/dev.tsv": "clairett/pytorch-sentiment-classification: data/SST2/dev.tsv",
     "rt-polarity/rt-polarity.pos.txt": "nltk/nltk_data: packages/corpora/sentence_polarity.zip",

@@ -92,17 +92,6 @@ DATA: dict[str, Data] = {
     "uner-ewt": Data(
         "ner", ("uner-ewt/en_ewt-ud-dev.iob2",), test=("uner-ewt/en_ewt-ud-test.iob2",)
     ),
-    "headlines": Data(
-        "seq2seq",
-        ("ag-news/test_first6000.csv",),
-        settings={
-            "data": {
-                "columns": ["class", "title", "description"], "val_fraction": 0.02,
-                "test_fraction": 0.04,
-            },
-            "seq2seq": {"source_field": "description", "target_field": "title"},
-        },
-    ),
     "instructions": Data(
         "sft",
         ("instruction-data/instruction-data.json",),
@@ -165,19 +154,6 @@ TASKS: dict[str, Task] = {
         {"train": {"epochs": 4, "learning_rate": 1e-4, "keep_best": False}},
         ("test_f1", "test_precision", "test_recall"), None,
         "0.86 (XLM-R large, on the whole training file)",
-    ),
-    "AG News headlines, LoRA": Task(
-        "headlines", "seq2seq", "smollm2-135m",
-        {
-            "train": {
-                "epochs": None, "max_steps": 120, "batch_size": 8, "learning_rate": 5e-4,
-                "warmup_steps": 5, "eval_every": 40,
-            },
-            "lora": {"rank": 16},
-            "data": {"max_length": 160},
-            "seq2seq": {"max_target": 32, "num_beams": 1, "eval_rows": 60, "cut_sources": True},
-        },
-        ("test_rougeL", "test_rouge1", "test_chrf", "base_test_rougeL", "base_test_chrf"),
     ),
     "Instructions": Task(
         "instructions", "sft", "smollm2-135m",
