@@ -180,7 +180,7 @@ TASKS: dict[str, Task] = {
             "lora": {"rank": 16},
             "sft": {"template": "alpaca", "eval_rows": 16, "max_new_tokens": 64},
         },
-        ("test_bits_per_byte", "base_test_bits_per_byte", "test_chrf"),
+        ("test_bits_per_byte", "test_chrf", "test_rougeL"),
     ),
     "instruction-preference, DPO": Task(
         "preferences", "dpo", "",
@@ -193,8 +193,8 @@ TASKS: dict[str, Task] = {
             "dpo": {"sft_weight": 1.0, "max_new_tokens": 64},
         },
         (
-            "test_reward_accuracy", "test_chosen_logprob_per_token",
-            "base_test_chosen_logprob_per_token", "test_reward_margin", "test_chosen_not_less",
+            "test_reward_accuracy", "test_chosen_logprob_per_token", "test_reward_margin",
+            "test_chosen_not_less",
         ),
         0.9, "reward margin 2.0 (GPT-2 355M, all weights)", after="instruction-preference, SFT",
     ),

@@ -159,9 +159,10 @@ def test_fine_tuning_reaches_what_it_aims_at() -> None:
     spam = [reached[f"SMS spam{how}"]["test_accuracy"] for how in ("", ", LoRA")]
     assert abs(spam[0] - spam[1]) <= 0.005
     assert sum(run["task"] == "SMS spam" for run in found["runs"]) == 3
-    answers = reached["instruction-preference, DPO"]
-    assert answers["test_chosen_logprob_per_token"] >= answers["base_test_chosen_logprob_per_token"]
-    (tuned,) = [run["summary"] for run in found["runs"] if run["task"] == "Instructions"]
+    (pairs,) = [r["summary"] for r in found["runs"] if r["task"] == "instruction-preference, DPO"]
+    chosen = "test_chosen_logprob_per_token"
+    assert pairs[chosen] >= pairs[f"base_{chosen}"]
+    (tuned,) = [r["summary"] for r in found["runs"] if r["task"] == "Instructions"]
     assert tuned["test_bits_per_byte"] < tuned["base_test_bits_per_byte"]
     assert tuned["test_chrf"] > tuned["base_test_chrf"]
     assert tuned["test_rougeL"] > tuned["base_test_rougeL"]
