@@ -363,7 +363,7 @@ def finetune(data: Row, ja: bool) -> str:
     heads = (
         (["課題（手法、モデル）", "数値", "学習前", "学習後", "目標", "公表値"],
          ["課題", "学習行", "検証行", "評価行", "重複（完全／類似）", "他課題の評価に似た行",
-          "時間", "メモリー"])
+          "時間", "メモリ"])
         if ja
         else (["task (method, model)", "figure", "before", "after", "target", "published"],
               ["task", "rows learnt", "to choose on", "measured", "duplicates, exact / near",
@@ -374,7 +374,7 @@ def finetune(data: Row, ja: bool) -> str:
             "数値は各実行の `summary.json` のものです。複数のシードでは平均を、括弧に最小と最大を"
             "示します。",
             "完全な重複と類似した重複は、データを分ける前に除きました。ほかの課題の評価データに似た行は、"
-            "学習データから除きました。時間とメモリーは、コマンド全体の最大値です。",
+            "学習データから除きました。時間とメモリは、コマンド全体の最大値です。",
         )
         if ja
         else (
@@ -412,7 +412,7 @@ def sft_speed(data: Row, ja: bool) -> str:
     }
     head = ["", "TRL", "this project", "speed", "TRL, peak", "this project, peak", "memory"]
     if ja:
-        head = ["", "TRL", "本プロジェクト", "速さ", "TRL の最大", "こちらの最大", "メモリー"]
+        head = ["", "TRL", "本プロジェクト", "速さ", "TRL の最大", "こちらの最大", "メモリ"]
     second = "トークン／秒" if ja else "tokens/s"
     rows = []
     for kind, names in kinds.items():
